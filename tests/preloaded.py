@@ -5,6 +5,9 @@ everything else. A server (multiprocessing's forkserver, one per pytest worker) 
 forks for every rank. Each rank is a process of its own, with its own environment, folder and logs.
 
 Tests of the command line, of launchers and of what happens before these imports start interpreters.
+
+The process that a run starts to send its metrics would import MLflow and create a store, which also
+takes seconds. Only tests of MLflow start it (``mlflow=True``).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import tempfile
 from collections.abc import Mapping
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -63,27 +67,39 @@ class Process:
 
 
 def start(
-    module: str, *arguments: str, environ: Mapping[str, str], stdout: Path, stderr: Path | None
+    module: str,
+    *arguments: str,
+    environ: Mapping[str, str],
+    stdout: Path,
+    stderr: Path | None,
+    mlflow: bool = False,
 ) -> Process:
     """Start ``python -m MODULE ARGUMENTS`` in the repository's folder.
 
     Args:
         environ: the whole environment of the process.
         stdout, stderr: files, which may be the same; None: stderr goes to ``stdout`` too.
+        mlflow: send metrics to MLflow; otherwise a process that sends nothing reports success.
     """
-    work = (module, arguments, dict(environ), str(stdout), str(stderr or stdout))
+    work = (module, arguments, dict(environ), str(stdout), str(stderr or stdout), mlflow)
     process = _server().Process(target=_run, args=work, daemon=True)
     process.start()
     return Process(process)
 
 
 def run(
-    module: str, *arguments: str, environ: Mapping[str, str], timeout: float = 400
+    module: str,
+    *arguments: str,
+    environ: Mapping[str, str],
+    timeout: float = 400,
+    mlflow: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Start a process, wait for its end and read its output."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        process = start(module, *arguments, environ=environ, stdout=stdout, stderr=stderr)
+        process = start(
+            module, *arguments, environ=environ, stdout=stdout, stderr=stderr, mlflow=mlflow
+        )
         try:
             code = process.wait(timeout)
         finally:
@@ -94,7 +110,12 @@ def run(
 
 
 def _run(
-    module: str, arguments: tuple[str, ...], environ: dict[str, str], stdout: str, stderr: str
+    module: str,
+    arguments: tuple[str, ...],
+    environ: dict[str, str],
+    stdout: str,
+    stderr: str,
+    mlflow: bool,
 ) -> None:
     die_with_parent(signal.SIGKILL)  # the server, which ends with the tests
     multiprocessing.current_process()._config["daemon"] = False  # it may start processes itself
@@ -111,5 +132,15 @@ def _run(
 
     threads = environ.get("OMP_NUM_THREADS")  # read by torch when it was imported
     torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
+    if not mlflow:
+        _send_nothing()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _send_nothing() -> None:
+    """Replace the sender of metrics by a process that ends with the run, as if all were sent."""
+    from trainer.tracking import process_client
+
+    sender = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
+    process_client.bootstrap = SimpleNamespace(command=lambda _: sender)  # type: ignore[assignment]

@@ -47,12 +47,13 @@ class Runs:
         return [*program, str(self.file), f"output_dir={self.folder / name}", *SHORT]
 
     def start(
-        self, name: str, *overrides: str, where: str = "never"
+        self, name: str, *overrides: str, where: str = "never", mlflow: bool = False
     ) -> subprocess.CompletedProcess[str]:
         """Run on one rank."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
         environ = kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-        return preloaded.run(*self.words(name, where), *overrides, environ=environ, timeout=300)
+        words = [*self.words(name, where), *overrides]
+        return preloaded.run(*words, environ=environ, timeout=300, mlflow=mlflow)
 
     def copy(self, source: str, name: str, *left_out: int) -> Path:
         """Copy an output folder without these checkpoints and without the final results."""
@@ -102,10 +103,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def killed(runs: Runs) -> subprocess.CompletedProcess[str]:
     """Kill a run (SIGKILL) in the second packed batch of step 5 and rerun the command at once."""
-    killed = runs.start("killed", where="5:2")
+    killed = runs.start("killed", where="5:2", mlflow=True)
     assert killed.returncode == -9, killed.stdout + killed.stderr
     assert (runs.folder / "killed" / LOCK).exists()
-    return runs.start("killed")
+    return runs.start("killed", mlflow=True)
 
 
 @pytest.mark.fault("base weights change or receive gradients")
@@ -273,9 +274,8 @@ def test_a_run_on_two_ranks_resumes_on_one_with_a_full_disk(runs: Runs, small_di
 def test_a_run_killed_before_its_report_is_completed_on_rerun(runs: Runs) -> None:
     output = runs.folder / "late"
     shutil.copytree(runs.folder / "whole", output)
-    for name in ("report.html", "tracking.json"):
-        (output / name).unlink()
-    done = runs.start("late")
+    (output / "report.html").unlink()
+    done = runs.start("late", mlflow=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "already holds this finished run" in done.stdout
     assert "curves:  mlflow ui" in done.stdout
@@ -306,13 +306,13 @@ def test_a_repeated_validation_is_logged_once(runs: Runs) -> None:
 
 
 def test_a_run_whose_folder_was_moved_stops_and_resumes_completely(runs: Runs) -> None:
-    output, steps = runs.folder / "moved", 60
+    output, steps = runs.folder / "moved", 30
     words = [f"training.steps={steps}", "evaluation.every=1000", "checkpoint.every=1000"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
     environ = kept | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     log = runs.folder / "moved.log"
     process = preloaded.start(
-        *runs.words("moved"), *words, environ=environ, stdout=log, stderr=None
+        *runs.words("moved"), *words, environ=environ, stdout=log, stderr=None, mlflow=True
     )
     deadline = time.monotonic() + 400
     while not (metrics := output / "metrics.jsonl").exists() or not metrics.stat().st_size:
