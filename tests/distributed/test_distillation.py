@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import golden
-from tests.distributed.test_run import promptshard
+from tests.distributed.test_run import two_processes
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,10 @@ def test_scores_are_divergence_and_agreement(two: dict[str, Any]) -> None:
 
 def test_the_example_learns_from_its_teacher(tmp_path: Path) -> None:
     """After a few steps the prompt is closer to the instruction than the base without a prompt."""
-    done = promptshard("train", *golden.RUNS["distill"], f"output_dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    *words, option, ranks = golden.RUNS["distill"]
+    assert (option, ranks) == ("--processes", "2")
+    done = two_processes(tmp_path, "trainer", *words, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout
     assert "agreement" in done.stdout
     assert "KL divergence" in done.stdout
     assert "the best baseline (no prompt, compared with the teacher of short: " in done.stdout

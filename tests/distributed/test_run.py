@@ -117,9 +117,7 @@ def two_ranks(run_file: Path) -> Path:
 def one_rank(run_file: Path) -> Path:
     output = run_file.parent / "one"
     automatic = "training.micro_batch_tokens=auto"
-    done = promptshard(
-        "train", str(run_file), f"output_dir={output}", automatic, "--processes", "1"
-    )
+    done = one_process("trainer", str(run_file), f"output_dir={output}", automatic)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "packed batches of up to" in (output / "logs" / "rank-0.log").read_text()
     return output
@@ -225,8 +223,8 @@ def test_resumed_equals_uninterrupted(run_file: Path, two_ranks: Path) -> None:
     shutil.rmtree(output / "checkpoints" / f"step-{STEPS:08d}")
     for name in ("summary.json", "tracking.json"):
         (output / name).unlink(missing_ok=True)
-    done = promptshard("train", str(run_file), f"output_dir={output}", "--processes", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = two_processes(run_file.parent, "trainer", str(run_file), f"output_dir={output}")
+    assert done.returncode == 0, done.stdout
     assert f"resuming from step {STEPS // 2}/{STEPS}" in done.stdout
     final = f"checkpoints/step-{STEPS:08d}/state.safetensors"
     before, after = load_file(two_ranks / final), load_file(output / final)
@@ -350,8 +348,8 @@ def test_metrics_of_generated_texts(tmp_path: Path) -> None:
     run |= {"output_dir": str(tmp_path / "run"), "training": {"steps": 1, "tokens_per_step": 256}}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
-    done = promptshard("train", str(path), "--processes", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = two_processes(tmp_path, "trainer", str(path))
+    assert done.returncode == 0, done.stdout
     results = summary(tmp_path / "run")
     for name, metric in (("codegen", "execution"), ("animals", "exact_match")):
         key = f"validation_{metric}"
@@ -386,9 +384,10 @@ def test_base_by_its_hub_id_without_a_network(run_file: Path, tmp_path: Path) ->
 
 def test_inspect_and_validation_scores_agree(two_ranks: Path, tmp_path: Path) -> None:
     """On all 40 rows the setting of the run gives its own losses, the other settings close ones."""
-    done = promptshard("inspect", str(two_ranks), "--base", "--processes", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    inspection = json.loads((two_ranks / "base_inspection.json").read_text())
+    saved = tmp_path / "run.json"
+    done = two_processes(tmp_path, "trainer.commands.inspect", str(two_ranks), f"--json={saved}")
+    assert done.returncode == 0, done.stdout
+    inspection = json.loads(saved.read_text())
     names = ["none", "int8/dequantize", "int8/int8"]
     ways = [way for way in inspection["losses"]["settings"] if way["name"] in names]
     assert [way["left_out"] for way in ways] == [None] * 3
@@ -417,8 +416,9 @@ def test_inspect_and_validation_scores_agree(two_ranks: Path, tmp_path: Path) ->
 
 def test_int8_matmul_reaches_the_loss_of_exact_matmul(run_file: Path, two_ranks: Path) -> None:
     output = run_file.parent / "int8"
-    done = promptshard("train", str(run_file), f"output_dir={output}", "base.matmul=int8")
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [str(run_file), f"output_dir={output}", "base.matmul=int8"]
+    done = two_processes(run_file.parent, "trainer", *words)
+    assert done.returncode == 0, done.stdout
     exact, fast = summary(two_ranks)["prompts"], summary(output)["prompts"]
     for name in ("soft", "mlp", "prefix"):
         loss = exact[name]["validation_loss"]
@@ -430,17 +430,16 @@ def test_int8_matmul_reaches_the_loss_of_exact_matmul(run_file: Path, two_ranks:
 def test_a_diverged_prompt_is_stopped_alone(run_file: Path, two_ranks: Path) -> None:
     """The run succeeds and names it; the other prompts are unchanged."""
     output = run_file.parent / "diverged"
-    done = promptshard(
-        "train",
+    done = two_processes(
+        run_file.parent,
+        "trainer",
         str(run_file),
         f"output_dir={output}",
         "prompts.mlp.learning_rate=1e30",  # its encoder overflows
         "prompts.mlp.warmup_ratio=0",
         "training.max_skipped_updates=2",
-        "--processes",
-        "2",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert "'mlp': 2 updates in a row were not finite" in done.stderr
     assert "lower its learning_rate" in done.stderr
     assert "diverged and stopped early: mlp" in done.stderr

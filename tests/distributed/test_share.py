@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.distributed.test_run import one_process, promptshard, write_run_file
+from tests.distributed.test_run import one_process, promptshard, two_processes, write_run_file
 
 TEXT = "What is wrong with this patient?"
 READER = {"method": "p_tuning", "encoder": "text", "share": "reader", "num_virtual_tokens": 4}
@@ -37,8 +37,8 @@ def test_shared_encoders_agree_on_one_and_two_ranks_and_export_new_texts(tmp_pat
     path.write_text(yaml.safe_dump(run))
     done = one_process("trainer", str(path), f"output_dir={tmp_path / '1'}")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = promptshard("train", str(path), f"output_dir={tmp_path / '2'}", "--processes", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = two_processes(tmp_path, "trainer", str(path), f"output_dir={tmp_path / '2'}")
+    assert done.returncode == 0, done.stdout
     for prompt in PROMPTS:
         one, two = (adapter(tmp_path / n / "prompts" / prompt["name"] / "last") for n in "12")
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5, msg=prompt["name"])
