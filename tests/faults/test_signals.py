@@ -22,7 +22,7 @@ from tests.distributed.test_run import ROOT, one_process, write_run_file
 from trainer.runtime import bootstrap
 from trainer.runtime.process import UNFINISHED
 
-STEPS = 60
+STEPS = 40
 SILENCE = 8  # seconds
 WORDS = [
     f"training.steps={STEPS}",
