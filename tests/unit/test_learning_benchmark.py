@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,24 +135,6 @@ def test_ranges_move_until_the_best_rate_is_at_no_edge() -> None:
     assert benchmark.moved(rates, pair, done) == 0.3
     assert benchmark.within(rates, 0.3) == [0.03, 0.1, 0.3]
     assert benchmark.moved([0.03, 0.1, 0.3], pair, [*done, training(pair[0], 0, 0.3, 0)]) is None
-
-
-def test_quick_runs_both_sides() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.learning", "--quick", "--workers", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for arm in (
-        "ours, prefix_tuning",
-        "ours, p_tuning, instruction known",
-        "PEFT, LoRA",
-    ):
-        assert f"| {arm} |" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["same budget", "another budget"])
