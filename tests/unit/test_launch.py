@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import platform
@@ -13,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,9 +19,9 @@ from unittest.mock import patch
 import pytest
 from typer.testing import CliRunner
 
-from launch import __main__ as program
 from launch import exit_report, launcher_command, launcher_process, node, preflight, ssh
 from launch.launcher_command import Devices, Host, Place
+from tests.command_line import promptshard
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
 
@@ -65,26 +63,6 @@ def run_file(tmp_path: Path) -> Path:
 TINY_BASE = f"base.model={ROOT / 'examples' / 'tiny_base'}"
 
 
-def promptshard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in this process: starting Python and importing takes longer than most of them.
-
-    ``test_a_process_ends_as_its_command_does`` compares this with a process.
-    """
-    words, stdout, stderr = [str(word) for word in arguments], io.StringIO(), io.StringIO()
-    with ExitStack() as stack:
-        stack.callback(sys.path.__setitem__, slice(None), [*sys.path])
-        stack.enter_context(chdir(ROOT))
-        stack.enter_context(patch.dict(os.environ, COLUMNS="100"))
-        stack.enter_context(patch.object(sys, "argv", ["promptshard", *words]))
-        stack.enter_context(patch("trainer.runtime.stdio.keep_streams"))
-        stack.enter_context(redirect_stdout(stdout))
-        stack.enter_context(redirect_stderr(stderr))
-        ended = stack.enter_context(pytest.raises(SystemExit))
-        program._run()
-    code = int(ended.value.code or 0)
-    return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
-
-
 def promptshard_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command as a user does."""
     return subprocess.run(
@@ -92,7 +70,7 @@ def promptshard_process(*arguments: str | Path) -> subprocess.CompletedProcess[s
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
     )
 
@@ -579,15 +557,13 @@ def test_help_texts_explain_with_examples(command):
 
 
 def test_validate_reports_the_rows_it_read(run_file):
-    done = promptshard_process("validate", run_file, "training.steps=7", TINY_BASE)
+    done = promptshard("validate", run_file, "training.steps=7", TINY_BASE)
     assert (done.returncode, done.stderr) == (0, "importing transformers\n")
     assert "OK (1 prompt, 1 task, 7 steps; base " in done.stdout
 
 
 def test_validate_lists_the_prompts_of_a_sweep(run_file):
-    done = promptshard_process(
-        "validate", run_file, "prompts.triage.sweep.seed=[0, 1, 2]", TINY_BASE
-    )
+    done = promptshard("validate", run_file, "prompts.triage.sweep.seed=[0, 1, 2]", TINY_BASE)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [
         "sweep of 'triage': 3 prompts: triage-seed0, triage-seed1, triage-seed2",
@@ -601,31 +577,37 @@ def test_validate_reports_what_only_the_tokenizer_shows(run_file):
     long = "chest " * 600
     rows = [{"text": "a cold", "label": "other"}, {"text": long, "label": "heart"}]
     (run_file.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = promptshard_process("validate", run_file, TINY_BASE)
+    done = promptshard("validate", run_file, TINY_BASE)
     assert done.returncode == 2
     assert "train.jsonl:2: has " in done.stderr
     variable = "tasks.triage.chat_template_kwargs.enable_thinking"
     settings = ["tasks.triage.chat=true", f"{variable}=false"]
-    done = promptshard_process("validate", run_file, TINY_BASE, *settings)
+    done = promptshard("validate", run_file, TINY_BASE, *settings)
     assert done.returncode == 2
     assert f"error: {variable}: the chat template reads no such variable" in done.stderr
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("where", ["pipe", "/dev/full", "closed"])
-def test_closed_output_streams_fail_no_command(run_file, stream, where):
+@pytest.mark.parametrize(
+    ("where", "streams"),
+    [
+        ("pipe", ["stdout"]),
+        ("pipe", ["stderr"]),
+        ("/dev/full", ["stdout", "stderr"]),
+        ("closed", ["stdout", "stderr"]),
+    ],
+)
+def test_closed_output_streams_fail_no_command(run_file, streams, where):
     """As with ``promptshard train ... 2>&1 | head -1``, or a log on a full disk."""
     reading, writing = os.pipe()
     os.close(reading)
     full = os.open("/dev/full", os.O_WRONLY)
     command = [sys.executable, "-m", "launch", "validate", str(run_file), TINY_BASE]
-    settings: dict[str, Any] = {stream: writing if where == "pipe" else full}
+    settings: dict[str, Any] = dict.fromkeys(streams, writing if where == "pipe" else full)
     if where == "closed":
-        number = {"stdout": 1, "stderr": 2}[stream]
-        settings = {"preexec_fn": lambda: os.close(number)}
+        settings = {"preexec_fn": lambda: [os.close(number) for number in (1, 2)]}
     sweep = "prompts.triage.sweep.seed=[0, 1, 2]"  # printed on stderr
-    done = subprocess.run([*command, sweep], cwd=ROOT, timeout=60, **settings)
+    done = subprocess.run([*command, sweep], cwd=ROOT, timeout=200, **settings)
     os.close(writing)
     os.close(full)
     assert done.returncode == 0
@@ -640,7 +622,7 @@ def test_a_stop_signal_before_ranks_are_started(number):
         "program.main()"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 75
     assert done.stderr == "Stopped. Rerun the command to start over.\n"
 
@@ -654,7 +636,7 @@ def test_a_second_stop_signal_changes_no_exit_code():
         "program.main()"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (75, "")
 
 
@@ -667,7 +649,7 @@ def test_a_working_directory_that_is_deleted(tmp_path):
         preexec_fn=folder.rmdir,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert (done.returncode, done.stderr) == (
         2,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -14,6 +12,7 @@ import pytest
 
 from launch import scaffold_commands, settings_text
 from launch.run_templates import KINDS
+from tests.command_line import promptshard
 from tests.unit.test_config import GOOD
 from trainer.config import RunConfig, dump, load, yaml_parser, yaml_source
 from trainer.config.aliases import all_aliases
@@ -25,12 +24,6 @@ from trainer.runtime.errors import BadInput
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 VALIDATOR = jsonschema.Draft202012Validator(run_file_schema())
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch", *arguments], capture_output=True, text=True, cwd=ROOT
-    )
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -165,10 +158,10 @@ def test_sections_are_described_in_80_columns(name):
 
 
 def test_the_command_answers_and_refuses():
-    known = command("settings", "prompts[0].init.text")
+    known = promptshard("settings", "prompts[0].init.text")
     assert (known.returncode, known.stderr) == (0, "")
     assert "prompts.init.text" in known.stdout
-    unknown = command("settings", "learning_rte")
+    unknown = promptshard("settings", "learning_rte")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "did you mean 'learning_rate'?" in unknown.stderr
 
@@ -319,7 +312,7 @@ def test_unknown_names_are_translated_in_a_run_file(tmp_path, override, expected
 
 
 def test_json_output_is_a_list_of_settings():
-    done = command("settings", "prompts.init", "--json")
+    done = promptshard("settings", "prompts.init", "--json")
     names = [item["name"] for item in json.loads(done.stdout)]
     assert names[0] == "prompts.init"
     assert "prompts.init.text" in names
