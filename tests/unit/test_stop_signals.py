@@ -34,22 +34,23 @@ sys.exit(generate.main([sys.argv[2] + "/out", "--prompt=triage", "--input=words"
 """
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+RESUMED = "Stopped. Rerun the command to resume from step-00000007."
+RESTARTED = "Stopped before the first checkpoint. Rerun the command to start over."
+
+
 @pytest.mark.parametrize(
-    ("command", "checkpoints", "code", "words"),
+    ("command", "checkpoints", "signal_name", "code", "words"),
     [
-        (
-            "train",
-            ["step-00000007"],
-            75,
-            "Stopped. Rerun the command to resume from step-00000007.",
-        ),
-        ("train", [], 75, "Stopped before the first checkpoint. Rerun the command to start over."),
-        ("generate", ["step-00000007"], 1, "Stopped."),
+        ("train", ["step-00000007"], "SIGINT", 75, RESUMED),
+        ("train", ["step-00000007"], "SIGTERM", 75, RESUMED),
+        ("train", ["step-00000007"], "SIGUSR1", 75, RESUMED),
+        ("train", [], "SIGTERM", 75, RESTARTED),
+        ("generate", ["step-00000007"], "SIGINT", 1, "Stopped."),
+        ("generate", ["step-00000007"], "SIGUSR1", 1, "Stopped."),
     ],
 )
 def test_only_training_reports_that_it_can_be_resumed(
-    tmp_path, command, checkpoints, code, words, signal_name
+    tmp_path, command, checkpoints, signal_name, code, words
 ):
     for name in checkpoints:
         (tmp_path / "out" / "checkpoints" / name).mkdir(parents=True)
@@ -79,6 +80,6 @@ def stopped_rank(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
