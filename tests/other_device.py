@@ -8,6 +8,7 @@ branches (FlexAttention, pinned memory).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 #: May read one side and write to the other.
@@ -80,30 +80,56 @@ class OnDevice(Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    raw = _unwrap(args, tensors)
+    raw_options = {name: _unwrap(value, tensors) for name, value in kwargs.items()}
     device = kwargs.get("device")
-    there = any(isinstance(tensor, OnDevice) for tensor in tensors)
-    if func not in COPIES and there:
+    here = [tensor for tensor in tensors if not isinstance(tensor, OnDevice)]
+    there = len(here) < len(tensors)
+    if here and there and func not in COPIES:
         # A number is sent along with a kernel that works on each element; all else is not.
         sent = torch.Tag.pointwise in func.tags
-        here = [x for x in tensors if not isinstance(x, OnDevice) and not (sent and x.dim() == 0)]
+        here = [x for x in here if not (sent and x.dim() == 0)]
         if here:
             raise RuntimeError(f"{func}: a tensor on {DEVICE} and one on the CPU {here[0].shape}")
     stays_here = device is not None and torch.device(device).type == "cpu"
     _count(func, args, kwargs, there)
     if device is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    raw = tree_map(lambda x: x.raw if isinstance(x, OnDevice) else x, (args, kwargs))
-    out = func(*raw[0], **raw[1])
+        raw_options["device"] = torch.device("cpu")
+    out = func(*raw, **raw_options)
     if func is aten.copy_.default:
         return args[0]
     if stays_here:
         return out
-    # What is to be conjugated is: a wrapper does not carry that it will be.
-    wrapped = tree_map(lambda x: OnDevice(x.resolve_conj()) if isinstance(x, Tensor) else x, out)
-    if func in COPIES:
+    wrapped = _wrap(out)
+    if func in COPIES or not there or not _has_aliases(func):
         return wrapped
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _unwrap(value: Any, tensors: list[Tensor]) -> Any:
+    """Return an argument with the tensors' values; add its tensors to the list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.raw if isinstance(value, OnDevice) else value
+    if isinstance(value, list | tuple):
+        return [_unwrap(item, tensors) for item in value]
+    return value
+
+
+def _wrap(out: Any) -> Any:
+    """Return a result with its tensors on the device."""
+    if isinstance(out, Tensor):
+        # What is to be conjugated is: a wrapper does not carry that it will be.
+        return OnDevice(out.resolve_conj())
+    if isinstance(out, list | tuple):
+        return type(out)(map(_wrap, out))
+    return out
+
+
+@functools.cache
+def _has_aliases(func: Any) -> bool:
+    return any(result.alias_info is not None for result in func._schema.returns)
 
 
 def _count(func: Any, args: Any, kwargs: dict[str, Any], there: bool) -> None:
@@ -126,7 +152,7 @@ class _Factories(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        if device is not None and torch.device(device).type == DEVICE.type:
+        if OnDevice in types or (device is not None and torch.device(device).type == DEVICE.type):
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
 
