@@ -94,9 +94,9 @@ def test_packed_equals_peft(family: Any, tmp_path: Path, case: str) -> None:
         packed_rows = packed_rows[:2]
     prompts = pasts(base)
     losses, gradients = packed(base, packed_rows, prompts)
+    model = plain_model(family(case), "int8")
     for k, past in enumerate(prompts):
         own = [packed_row for packed_row in packed_rows if packed_row.prompt == k]
-        model = plain_model(family(case), "int8")
         loss, gradient = padded_peft(model, tmp_path / str(k), own, past)
         assert losses[k] == pytest.approx(loss, rel=1e-5)
         assert errors([gradients[k]], [gradient])[0] < 1e-5

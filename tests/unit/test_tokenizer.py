@@ -288,7 +288,7 @@ def bases(tmp_path_factory):
         ids = torch.tensor([row + [2] * (longest - len(row)) for row in rows])
         labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-        for _ in range(160):
+        for _ in range(120):
             model(ids, labels=labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
