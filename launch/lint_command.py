@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch import completion, preflight, settings_text
-from launch.arguments import Overrides, as_path, option
-from launch.start import count
+from launch import completion, lint_text, messages, preflight, settings_text
+from launch.arguments import Overrides, Processes, as_path, option
+from launch.start import start_ranks
+from trainer.commands.lint.options import RESULTS, Options, results_folder
+from trainer.commands.lint.selection import (
+    Checked,
+    check,
+    check_measurable,
+    checked_instructions,
+    to_measure,
+)
 from trainer.config import load
-from trainer.evaluation.lint.instructions import Instruction, instructions_of, words_of
-from trainer.evaluation.lint.rules import Finding, TaskWords
-from trainer.evaluation.lint.rules import lint as findings_of
-from trainer.runtime.errors import BadInput
-from trainer.runtime.redact import printable
-
-#: Characters of the text that are shown on each side of a finding.
-_AROUND = 30
+from trainer.evaluation.lint.finding import TaskWords
+from trainer.evaluation.lint.instructions import Instruction
+from trainer.evaluation.lint.results import CheckedText, LintResults, unmeasured
+from trainer.evaluation.metric_sums import METRICS
+from trainer.runtime.errors import BadInput, did_you_mean
+from trainer.runtime.json_file import read_json_object
 
 
 def lint(
@@ -47,10 +52,27 @@ def lint(
     task: Annotated[
         str | None, option("NAME", "With RUN.yaml: only the instructions of this task.")
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="With RUN.yaml: also score each rewrite on the task's validation rows, beside the "
+            "original. Loads the base.",
+        ),
+    ] = False,
+    rows: Annotated[
+        int | None,
+        option("N", "With --measure: at most N rows per task, selected by their content.", min=2),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        option("NAME", f"With --measure: one of {', '.join(METRICS)}. [default: the task's]"),
+    ] = None,
     json_file: Annotated[
         str | None,
         option("FILE", "Output file for all findings; -: stdout.", "--json", callback=as_path),
     ] = None,
+    processes: Processes = None,
 ) -> None:
     """Check instructions in words: what makes them hard to follow, and a rewrite for each finding.
 
@@ -59,98 +81,95 @@ def lint(
     middle, contradictions, undefined terms, no output format, class names that are missing or
     spelled in another way, more tokens than the prompt holds.
 
+    A rule may not matter to your base model. `--measure` shows whether it does: it scores the
+    instruction, each rewrite, all rewrites of a rule and all rewrites together on the same rows,
+    in one pass. Predictions are written to `OUTPUT_DIR/lint` while rows are scored; an interrupted
+    command continues there.
+
     **Examples:**
 
     - `promptshard lint run.yaml`
     - `promptshard lint --text "Please classify the review, and don't mention prices."`
     - `promptshard lint run.yaml --text "Is the patient satisfied?"`
+    - `promptshard lint run.yaml --measure --rows 200`
     """
-    instructions = _instructions(run_file, overrides or [], text, task)
-    results = [(each, findings_of(each.text, each.words)) for each in instructions]
+    if json_file not in (None, "-"):
+        json_file = str(preflight.check_new_file(Path(json_file or "")))
+    _check(run_file, text, task, rows, metric, measure=measure)
+    if run_file is None:
+        checked = [check(Instruction("--text", text or "", None, TaskWords()))]
+        results = _unmeasured(checked)
+    else:
+        options = Options(run_file, tuple(overrides or ()), text, task, rows, metric)
+        results = _measured(options, processes) if measure else _of_run(options)
+    if json_file == "-":
+        sys.stdout.write(_json(results))
+        return
     if json_file:
-        _write(json_file, results)
-    if json_file != "-":
-        for line in _lines(results, settings_text.output_width()):
-            typer.echo(line)
+        Path(json_file).write_text(_json(results), encoding="utf-8")
+    for line in lint_text.lines(results, settings_text.output_width()):
+        typer.echo(line)
 
 
-def _instructions(
-    run_file: str | None, overrides: Sequence[str], text: str | None, task: str | None
-) -> list[Instruction]:
+def _check(
+    run_file: str | None,
+    text: str | None,
+    task: str | None,
+    rows: int | None,
+    metric: str | None,
+    *,
+    measure: bool,
+) -> None:
+    """Raise ``BadInput`` for options that do not fit together."""
+    problems = []
     if run_file is None:
         if text is None:
-            raise BadInput("lint: nothing to read; name a RUN.yaml or pass --text TEXT")
+            problems.append("lint: nothing to read; name a RUN.yaml or pass --text TEXT")
         if task is not None:
-            raise BadInput("--task: names a task of a run file; name the RUN.yaml, too")
-        return [Instruction("--text", _checked(text), None, TaskWords())]
-    config = load(run_file, overrides)
-    names = [each.name for each in config.tasks]
-    if task is not None and task not in names:
-        raise BadInput(f"--task: {run_file} has no task {task!r}; known: {', '.join(names)}")
-    if text is not None:
-        chosen = config.task(task or names[0])
-        return [Instruction("--text", _checked(text), chosen.name, words_of(config, chosen))]
-    selected = [each for each in instructions_of(config) if task in (None, each.task)]
-    if not selected:
-        raise BadInput(
-            f"{run_file}: has no instruction in words; add one to tasks.hand_written, or pass "
-            "--text TEXT"
+            problems.append("--task: names a task of a run file; name the RUN.yaml, too")
+        if measure:
+            problems.append(
+                "--measure: needs the rows and the base of a run file; name the RUN.yaml, too"
+            )
+    for name, value in (("rows", rows), ("metric", metric)):
+        if value is not None and not measure:
+            problems.append(f"--{name}: is used with --measure only; add it")
+    if text is not None and not text.strip():
+        problems.append("--text: is empty; pass an instruction in words")
+    if metric is not None and metric not in METRICS:
+        problems.append(
+            f"--metric: {metric!r} is not a metric{did_you_mean(metric, METRICS)}; known: "
+            f"{', '.join(METRICS)}"
         )
-    return selected
+    if problems:
+        raise BadInput(problems)
 
 
-def _checked(text: str) -> str:
-    if not text.strip():
-        raise BadInput("--text: is empty; pass an instruction in words")
-    return text
+def _of_run(options: Options) -> list[CheckedText]:
+    return _unmeasured(checked_instructions(load(options.run_file, options.overrides), options))
 
 
-def _write(json_file: str, results: Sequence[tuple[Instruction, list[Finding]]]) -> None:
-    prompts = [
-        {
-            "place": each.place,
-            "task": each.task,
-            "text": each.text,
-            "findings": [asdict(finding) | {"effect": None} for finding in findings],
-        }
-        for each, findings in results
-    ]
-    text = json.dumps({"prompts": prompts}, indent=2, ensure_ascii=False) + "\n"
-    if json_file == "-":
-        sys.stdout.write(text)
-    else:
-        path = preflight.check_new_file(Path(json_file))
-        path.write_text(text, encoding="utf-8")
+def _unmeasured(checked: Sequence[Checked]) -> list[CheckedText]:
+    return [unmeasured(each.instruction, each.findings) for each in checked]
 
 
-def _lines(results: Sequence[tuple[Instruction, list[Finding]]], width: int) -> Iterator[str]:
-    for each, findings in results:
-        name = each.place if each.task is None else f"{each.place} ({each.task})"
-        yield from settings_text.wrap(f"{name}: {printable(each.text.strip())!r}", width)
-        for finding in findings:
-            yield typer.style(f"  {finding.rule}", bold=True) + f"  {_shown(each.text, finding)}"
-            yield from settings_text.wrap(f"{printable(finding.why)} {_advice(finding)}", width, 4)
-        yield from ["  no findings"] * (not findings)
-        yield ""
-    total = sum(len(findings) for _, findings in results)
-    yield f"{count(total, 'finding')} in {count(len(results), 'text')}"
+def _measured(options: Options, processes: int | None) -> list[CheckedText]:
+    """Measure the rewrites on all ranks; the results are in a file, which rank 0 writes."""
+    config = load(options.run_file, options.overrides)
+    checked = checked_instructions(config, options)
+    if not to_measure(checked):
+        messages.note("no finding has a rewrite that is ready to use: nothing to measure")
+        return _unmeasured(checked)
+    check_measurable(config, checked, options)
+    preflight.check_config(config, trains=False)
+    folder = results_folder(config.output_dir)
+    report = start_ranks("trainer.commands.lint", options.arguments(), str(folder), processes, None)
+    if report.code:
+        messages.show(report)
+        raise typer.Exit(report.code)
+    return LintResults.model_validate(read_json_object(folder / RESULTS)).prompts
 
 
-def _advice(finding: Finding) -> str:
-    rewrite = printable(finding.rewrite.strip())
-    if len(rewrite) < 2:
-        return "Leave it out."
-    return f"{'Add' if finding.start == finding.end else 'Rewrite'}: {rewrite!r}"
-
-
-def _shown(text: str, finding: Finding) -> str:
-    """Return the part of a finding with some text around it, underlined on a terminal."""
-    before, part, after = (
-        printable(piece.replace("\n", " "))
-        for piece in (text[: finding.start], text[finding.start : finding.end], text[finding.end :])
-    )
-    before = f"...{before[-_AROUND:]}" if len(before) > _AROUND else before
-    after = f"{after[:_AROUND]}..." if len(after) > _AROUND else after
-    if len(part) > 2 * _AROUND:
-        before, part, after = "", f"{part[:_AROUND].strip()}...{part[-_AROUND:].strip()}", ""
-    return before.lstrip() + typer.style(part, underline=True) + after.rstrip()
+def _json(results: Sequence[CheckedText]) -> str:
+    content = LintResults(prompts=list(results)).model_dump(mode="json")
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

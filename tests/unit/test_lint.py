@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.commands import app
-from trainer.evaluation.lint.rules import RULES, TaskWords, lint
+from trainer.evaluation.lint.finding import TaskWords
+from trainer.evaluation.lint.rules import RULES, lint
 from trainer.evaluation.lint.text import sentences
 
 SENTIMENT = TaskWords(("positive", "negative", "neutral"))

@@ -45,7 +45,8 @@ def was_archived(output: Path) -> bool:
 
 def archive_earlier_run(output: Path, console: Console) -> None:
     """Move an earlier run to ``OUTPUT.N``; nothing is deleted."""
-    if entries := [path for path in output.iterdir() if path.name not in ("logs", LOCK)]:
+    kept = ("logs", "lint", LOCK)  # measured instructions do not depend on the run
+    if entries := [path for path in output.iterdir() if path.name not in kept]:
         _move_to_archive(output, entries, console)
     if job := os.environ.get("SLURM_JOB_ID"):
         (output / ARCHIVED_BY).parent.mkdir(exist_ok=True)

@@ -82,6 +82,16 @@ def metric_problem(metric: str, task: Task) -> str | None:
     return f"{metric} {reason}; use {', '.join(usable[:-1])} or {usable[-1]}"
 
 
+def package_problem(metric: str) -> str | None:
+    """Say how to install the package of a metric; None if nothing is missing."""
+    from importlib.util import find_spec
+
+    package = TEXT_METRICS.get(metric)
+    if package is None or find_spec(package.replace("-", "_")) is not None:
+        return None
+    return f"{metric} needs the package {package}; run `pip install 'promptshard[metrics]'`"
+
+
 def _suits(metric: str, task: Task) -> bool:
     if metric in ("accuracy", "macro_f1"):
         return task.scored_by_likelihood

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer.commands.evaluate.arm import Arm
 from trainer.commands.evaluate.arms import ArmBuilder
@@ -19,7 +16,7 @@ from trainer.commands.evaluate.costs import BaseCost
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.results import TaskResults
 from trainer.commands.evaluate.rows import RowEncoder
-from trainer.commands.evaluate.scoring import ArmScorer
+from trainer.commands.evaluate.scoring_pass import Loaded, locked, score_missing
 from trainer.commands.evaluate.selection import SelectedRun
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.commands.evaluate.table import show
@@ -27,34 +24,20 @@ from trainer.commands.trained_prompts import load_prompts
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
-from trainer.distributed.model_loading import load_base, open_base_on_all
-from trainer.evaluation.baseline_cache import RULES
-from trainer.evaluation.evaluator import Evaluator
+from trainer.distributed.model_loading import open_base_on_all
 from trainer.evaluation.metrics import check_sandbox
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.fingerprint import digest_file
 from trainer.model.meta_model import build_meta_model
 from trainer.model.weight_adapter import check_layers, load_tensors
-from trainer.prompts.adapter_files import WeightAdapter
 from trainer.prompts.saved_prompts import WEIGHTS
-from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.reporting.evaluation import EVALUATION_FILE, Evaluation, TaskEvaluation
 from trainer.reporting.html import write_report
 from trainer.reporting.summary import load_summary
-from trainer.runtime import atomic_io, stop_signals
+from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.training.task_loading import load_tasks_per_node
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Prompts and adapters in memory, with the digests of their files."""
-
-    prompts: Sequence[SoftPrompt]
-    prompt_digests: Sequence[str]
-    adapters: Sequence[tuple[WeightAdapter, Mapping[str, Tensor]]]
-    adapter_digests: Sequence[str]
 
 
 def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
@@ -68,7 +51,7 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
     engine = Engine(config.engine.timeout_seconds)
     engine.start_watchdog(options.run_dir / "logs", config.engine.silence_seconds)
     store = PredictionStore(options.run_dir) if engine.is_main else None
-    with _locked(engine, store):
+    with locked(engine, store):
         files = open_base_on_all(engine, config.base, console)
         loaded = engine.run_on_all(lambda: _load(options, run, files, engine.device))
         date = engine.run_on_main(lambda: read_chat_date(options.run_dir))
@@ -87,7 +70,7 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
         with console.phase("preparing prompts and examples"):
             arms = engine.run_on_all(lambda: _arms(options, run, tasks, encoder, loaded))
         cost = engine.run_on_all(lambda: _base_cost(engine, files, run))
-        _score(engine, files, options, run, arms, loaded, store, console)
+        score_missing(engine, files, config, arms, loaded, store, console, fresh=options.fresh)
         if store is not None:
             _report(options, run, arms, store, cost, console)
     engine.close()
@@ -161,50 +144,6 @@ def _base_cost(engine: Engine, files: BaseFiles, run: SelectedRun) -> BaseCost:
     return BaseCost.of(model)
 
 
-def _score(
-    engine: Engine,
-    files: BaseFiles,
-    options: Options,
-    run: SelectedRun,
-    arms: Mapping[str, Sequence[Arm]],
-    loaded: Loaded,
-    store: PredictionStore | None,
-    console: Console,
-) -> None:
-    """Score the rows without a record; the base is loaded only if there are any."""
-
-    def open_store() -> dict[str, dict[str, int]]:
-        assert store is not None
-        versions = [version(name) for name in ("torch", "transformers")]
-        settings = run.config.base.model_dump(mode="json")
-        base = json.dumps([RULES, versions, engine.device.type, files.fingerprint, settings])
-        digests = base, loaded.prompt_digests, loaded.adapter_digests
-        return {
-            task: {
-                arm.name: store.open(task, arm.name, arm.digest(*digests), fresh=options.fresh)
-                for arm in of_task
-            }
-            for task, of_task in arms.items()
-        }
-
-    done = engine.run_on_main(open_store)
-    missing = sum(
-        len(arm.numbers) - done[task][arm.name] for task, own in arms.items() for arm in own
-    )
-    if kept := sum(sum(of_task.values()) for of_task in done.values()):
-        console.print(f"{kept:,} rows were scored before; {missing:,} remain")
-    if not missing:
-        return
-    base = load_base(engine, files, run.config, console)
-    evaluator = Evaluator(engine, base.model, files.tokenizer, base.budget)
-    scorer = ArmScorer(evaluator, loaded.prompts, loaded.adapters, store)
-    stop_signals.defer()
-    texts = sum(scorer.num_texts(own, done[task]) for task, own in arms.items())
-    with console.phase("evaluating", texts, "texts") as phase:
-        for task, own in arms.items():
-            scorer.score(own, done[task], phase.advance)
-
-
 def _report(
     options: Options,
     run: SelectedRun,
@@ -243,15 +182,3 @@ def _report(
         with console.phase("writing the report"):
             write_report(options.run_dir)
         console.print(f"report: {report}")
-
-
-@contextmanager
-def _locked(engine: Engine, store: PredictionStore | None) -> Iterator[None]:
-    """Hold the store's lock on rank 0; all ranks raise ``BadInput`` if another process has it."""
-    lock = None if store is None else store.locked()
-    engine.run_on_all(lambda: None if lock is None else lock.__enter__())
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.__exit__(None, None, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trainer.commands.evaluate.options import Options
 from trainer.config import DataSource, Prompt, RunConfig, Task, load_output, split_template
 from trainer.data.splits import check_rows
-from trainer.evaluation.metric_sums import TEXT_METRICS, metric_problem
+from trainer.evaluation.metric_sums import metric_problem, package_problem
 from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter, read_adapter
 from trainer.prompts.saved_prompts import SEGMENT, WEIGHTS
 from trainer.runtime.errors import BadInput, did_you_mean
@@ -149,12 +149,8 @@ def _problems(options: Options, tasks: Sequence[Task]) -> list[str]:
                 f"--knn: kNN prompting predicts choices, without likelihoods or text, so {metric} "
                 "cannot be computed; use --metric accuracy or macro_f1"
             )
-    metric = options.metric or ""
-    if metric in TEXT_METRICS and not _installed(metric):
-        problems.append(
-            f"--metric: {metric} needs the package {TEXT_METRICS[metric]}; run `pip install "
-            "'promptshard[metrics]'`"
-        )
+    if missing := package_problem(options.metric or ""):
+        problems.append(f"--metric: {missing}")
     return problems
 
 
@@ -165,9 +161,3 @@ def _no_examples(task: Task, option: str) -> str | None:
     if option == "knn" and not task.scored_by_likelihood:
         return "kNN prompting predicts one of the choices; it needs choices without multi_label"
     return None
-
-
-def _installed(metric: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec({"rouge_l": "rouge_score"}.get(metric, "sacrebleu")) is not None

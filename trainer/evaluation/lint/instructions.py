@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import PLACEHOLDER, RunConfig, Task
-from trainer.evaluation.lint.rules import TaskWords
+from trainer.config import PLACEHOLDER, Base, RunConfig, Task, resolve_path
+from trainer.evaluation.lint.finding import TaskWords
 
 
 @dataclass(frozen=True)
@@ -25,51 +25,79 @@ class Instruction:
     task: str | None
     words: TaskWords
 
+    @property
+    def is_system(self) -> bool:
+        """Whether the text is that of the system, not one before the input."""
+        return self.place.endswith(".system")
 
-def instructions_of(config: RunConfig) -> list[Instruction]:
+
+def instructions_of(config: RunConfig, task: str | None = None) -> list[Instruction]:
     """Return the hand-written prompts, system texts and initial texts of a run file.
 
     A text is listed once per task, at its first place.
+
+    Args:
+        task: only the instructions of this task.
     """
-    tokenize = _tokenizer(config.base.model)
+    texts = _Texts(config)
     instructions: dict[tuple[str, str], Instruction] = {}
-    for task, place, text in _texts(config):
-        words = words_of(config, task, tokenize)
-        instructions.setdefault(
-            (task.name, text.strip()), Instruction(place, text, task.name, words)
-        )
+    for each in texts.all():
+        if task in (None, each.task):
+            instructions.setdefault((str(each.task), each.text.strip()), each)
     return list(instructions.values())
 
 
-def words_of(
-    config: RunConfig, task: Task, tokenize: Callable[[str], Sequence[int]] | None = None
-) -> TaskWords:
-    """Return what the rules need to know of a task; the length is that of its longest prompt."""
-    lengths = [
-        prompt.num_virtual_tokens
-        for prompt in config.prompts
-        if prompt.task == task.name and (prompt.init.open or prompt.init.text)
-    ]
-    template = "" if task.messages else PLACEHOLDER.sub(" ", task.input)
-    return TaskWords(task.choices or (), template, max(lengths, default=None), tokenize)
+def instruction_for(config: RunConfig, task: Task, text: str) -> Instruction:
+    """Return a text that a prompt of a task might start from; its place is ``--text``."""
+    lengths = [p.num_virtual_tokens for p in config.prompts if p.task == task.name and p.init.text]
+    return _Texts(config).of(task, "--text", text, [*lengths, *_searched(config, task)])
 
 
-def _texts(config: RunConfig) -> Iterator[tuple[Task, str, str]]:
-    for i, task in enumerate(config.tasks):
-        for j, text in enumerate(task.hand_written):
-            yield task, f"tasks.{i}.hand_written.{j}", text
-        if task.system:
-            yield task, f"tasks.{i}.system", task.system
-    for i, prompt in enumerate(config.prompts):
-        if prompt.init.text:
-            yield config.task(prompt.task), f"prompts.{i}.init.text", prompt.init.text
+class _Texts:
+    """The texts of a run file, with what the rules need to know of their tasks."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._tokenize = _tokenizer(config.base)
+
+    def of(self, task: Task, place: str, text: str, lengths: Sequence[int] = ()) -> Instruction:
+        """Describe a text; ``lengths`` are those of the prompts that may start from it."""
+        template = "" if task.messages else PLACEHOLDER.sub(" ", task.input)
+        longest = max(lengths, default=None)
+        words = TaskWords(task.choices or (), template, longest, self._tokenize)
+        return Instruction(place, text, task.name, words)
+
+    def all(self) -> Iterator[Instruction]:
+        for i, task in enumerate(self._config.tasks):
+            lengths = _searched(self._config, task)
+            for j, text in enumerate(task.hand_written):
+                yield self.of(task, f"tasks.{i}.hand_written.{j}", text, lengths)
+            if task.system:
+                yield self.of(task, f"tasks.{i}.system", task.system)
+        for i, prompt in enumerate(self._config.prompts):
+            if text := prompt.init.text:
+                task, lengths = self._config.task(prompt.task), [prompt.num_virtual_tokens]
+                yield self.of(task, f"prompts.{i}.init.text", text, lengths)
 
 
-def _tokenizer(model: str) -> Callable[[str], Sequence[int]] | None:
-    """Return the ends of a text's tokens, without loading a model; None without the file."""
-    path = Path(model) / "tokenizer.json"
+def _searched(config: RunConfig, task: Task) -> list[int]:
+    """Lengths of the prompts whose search for a start also tries the hand-written prompts."""
+    return [p.num_virtual_tokens for p in config.prompts if p.task == task.name and p.init.open]
+
+
+def _tokenizer(base: Base) -> Callable[[str], Sequence[int]] | None:
+    """Return a function from a text to the ends of its tokens; None without ``tokenizer.json``.
+
+    The file is read from the model's folder or the cache of the hub; nothing is downloaded.
+    """
+    path = resolve_path(base.model) / "tokenizer.json"
     if not path.is_file():
-        return None
+        if path.parent.exists():
+            return None
+        cached = _cached(base)
+        if cached is None:
+            return None
+        path = cached
     from tokenizers import Tokenizer  # only where there is a file
 
     tokenizer = Tokenizer.from_file(str(path))
@@ -78,3 +106,14 @@ def _tokenizer(model: str) -> Callable[[str], Sequence[int]] | None:
         return [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
 
     return token_ends
+
+
+def _cached(base: Base) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(base.model, "tokenizer.json", revision=base.revision)
+    except HFValidationError:
+        return None
+    return Path(path) if isinstance(path, str) else None

@@ -15,6 +15,13 @@ def any_of(*phrases: str) -> re.Pattern[str]:
     return re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
 
 
+#: Words without content.
+STOP_WORDS = listed(
+    "a about all also an and any are as at be been but by can could do does for from had has "
+    "have he her his how i if in into is it its just may me more most my no not of on one only "
+    "or other our out she should so such than that the their them then there these they this "
+    "those to up us was we were what when where which while who will with would you your"
+)
 #: Verbs that ask for a result.
 REQUESTS = listed(
     "analyse analyze assess calculate categorize classify compare compute count create decide "
@@ -39,6 +46,8 @@ ANSWERS = listed(
     "answer choose end format give keep limit omit output pick print put quote reply respond "
     "return say select start use write"
 )
+#: "Write only the translation" says how to answer; "write a poem" is a request.
+ANSWER_STARTS = listed("as at both each exactly in it no nothing one only them this your")
 NEGATIVE = any_of("do not", "don['’]t", "never", "avoid", "refrain from", "must not", "should not")
 #: A clause that names the thing to avoid.
 UNWANTED = re.compile(
@@ -90,7 +99,11 @@ FILLERS = {
     r"if (?:at all )?possible,?\s*": "",
     r"take a deep breath(?: and)?\s*": "",
     r"(?:basically|essentially|actually|literally|obviously|simply put),?\s+": "",
-    r"(?:very|really|extremely|quite|rather|super)\s+": "",
+    r"(?:very|really|extremely|quite|rather|super)\s+(?=(?:accurate|brief|careful|clear|concise|"
+    r"detailed|good|helpful|important|long|nice|precise|short|simple|useful|well))": "",
+    r",?\s*if you (?:could|can),?": "",
+    r"(?:maybe|perhaps)\s+": "",
+    r",?\s*or something (?:like (?:that|this)|similar)": "",
     r"(?:feel free to|don['’]t hesitate to)\s+": "",
     r"thank(?:s| you)(?: (?:so much|in advance|very much))?[.!]?": "",
 }

@@ -1,0 +1,101 @@
+"""One pass over all rows of all arms that have no record yet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from torch import Tensor
+
+from trainer.commands.evaluate.arm import Arm
+from trainer.commands.evaluate.scoring import ArmScorer
+from trainer.commands.evaluate.store import PredictionStore
+from trainer.config import RunConfig
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.model_loading import load_base
+from trainer.evaluation.baseline_cache import RULES
+from trainer.evaluation.evaluator import Evaluator
+from trainer.model.checkpoint_files import BaseFiles
+from trainer.prompts.adapter_files import WeightAdapter
+from trainer.prompts.soft_prompt import SoftPrompt
+from trainer.runtime import stop_signals
+from trainer.runtime.console import Console
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Prompts and adapters in memory, with the digests of their files."""
+
+    prompts: Sequence[SoftPrompt] = ()
+    prompt_digests: Sequence[str] = ()
+    adapters: Sequence[tuple[WeightAdapter, Mapping[str, Tensor]]] = ()
+    adapter_digests: Sequence[str] = ()
+
+
+def score_missing(
+    engine: Engine,
+    files: BaseFiles,
+    config: RunConfig,
+    arms: Mapping[str, Sequence[Arm]],
+    loaded: Loaded,
+    store: PredictionStore | None,
+    console: Console,
+    *,
+    fresh: bool = False,
+) -> None:
+    """Score the rows without a record; the base is loaded only if there are any; a collective.
+
+    Args:
+        arms: of every task.
+        store: on rank 0.
+        fresh: score all rows again.
+
+    Raises:
+        Stopped: on all ranks; the records of complete blocks are kept.
+    """
+
+    def open_store() -> dict[str, dict[str, int]]:
+        assert store is not None
+        versions = [version(name) for name in ("torch", "transformers")]
+        settings = config.base.model_dump(mode="json")
+        base = json.dumps([RULES, versions, engine.device.type, files.fingerprint, settings])
+        digests = base, loaded.prompt_digests, loaded.adapter_digests
+        return {
+            task: {
+                arm.name: store.open(task, arm.name, arm.digest(*digests), fresh=fresh)
+                for arm in of_task
+            }
+            for task, of_task in arms.items()
+        }
+
+    done = engine.run_on_main(open_store)
+    missing = sum(
+        len(arm.numbers) - done[task][arm.name] for task, own in arms.items() for arm in own
+    )
+    if kept := sum(sum(of_task.values()) for of_task in done.values()):
+        console.print(f"{kept:,} rows were scored before; {missing:,} remain")
+    if not missing:
+        return
+    base = load_base(engine, files, config, console)
+    evaluator = Evaluator(engine, base.model, files.tokenizer, base.budget)
+    scorer = ArmScorer(evaluator, loaded.prompts, loaded.adapters, store)
+    stop_signals.defer()
+    texts = sum(scorer.num_texts(own, done[task]) for task, own in arms.items())
+    with console.phase("evaluating", texts, "texts") as phase:
+        for task, own in arms.items():
+            scorer.score(own, done[task], phase.advance)
+
+
+@contextmanager
+def locked(engine: Engine, store: PredictionStore | None) -> Iterator[None]:
+    """Hold the store's lock on rank 0; all ranks raise ``BadInput`` if another process has it."""
+    lock = None if store is None else store.locked()
+    engine.run_on_all(lambda: None if lock is None else lock.__enter__())
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.__exit__(None, None, None)

@@ -1,0 +1,54 @@
+"""What a rule finds in an instruction, and what it knows of the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trainer.evaluation.lint.text import tidy
+
+
+@dataclass(frozen=True)
+class TaskWords:
+    """What the rules need to know of the task whose instruction they read.
+
+    Attributes:
+        choices: class names; empty without ``choices``.
+        template: text of the input template around the columns, read after the instruction.
+        num_virtual_tokens: length of the prompt that starts from the instruction.
+        token_ends: returns the index of the end of every token of a text.
+    """
+
+    choices: Sequence[str] = ()
+    template: str = ""
+    num_virtual_tokens: int | None = None
+    token_ends: Callable[[str], Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A part of an instruction that breaks a rule.
+
+    Attributes:
+        start, end: the part, ``text[start:end]``; empty at the end of the text if something is
+            missing.
+        why: one sentence for the author.
+        rewrite: text that replaces the part.
+        measurable: whether the rewrite is ready to use, without a place to fill in.
+    """
+
+    rule: str
+    start: int
+    end: int
+    why: str
+    rewrite: str
+    measurable: bool = True
+
+    def apply(self, text: str) -> str:
+        """Return the instruction with the rewrite."""
+        changed = tidy(text[: self.start] + self.rewrite + text[self.end :])
+        return (
+            changed
+            if text[-1:] not in {"\n", " "}
+            else changed.rstrip() + text[len(text.rstrip()) :]
+        )
