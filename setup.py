@@ -17,6 +17,7 @@ PATTERNS = (
     "examples/*.yaml",
     "examples/*.schema.json",
     "examples/data/*",
+    "examples/pharmacy/*.*",
     "examples/tiny_base/*",
 )
 

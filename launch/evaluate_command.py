@@ -24,6 +24,13 @@ class SelectOn(enum.StrEnum):
     HALF = "half"
 
 
+class Retriever(enum.StrEnum):
+    """What makes train rows similar to a row."""
+
+    BM25 = "bm25"
+    COSINE = "cosine"
+
+
 def evaluate(
     run_dir: RunDir,
     task: Annotated[
@@ -60,11 +67,17 @@ def evaluate(
         int | None,
         option(
             "K",
-            "Also the K train rows most similar to each row (BM25), without and with each "
-            "trained prompt.",
+            "Also the K train rows most similar to each row, without and with each trained prompt.",
             min=1,
         ),
     ] = None,
+    retriever: Annotated[
+        Retriever,
+        typer.Option(
+            help="What is similar: words (BM25), or the base's own mean hidden states (cosine), "
+            "for which the base reads all train rows once."
+        ),
+    ] = Retriever.BM25,
     knn: Annotated[
         int | None,
         option(
@@ -139,6 +152,8 @@ def evaluate(
             f"--metric: {metric!r} is not a metric{did_you_mean(metric, METRICS)}; known: "
             f"{', '.join(METRICS)}"
         )
+    if retriever is Retriever.COSINE and retrieved is None:
+        raise BadInput("--retriever: is used with --retrieved K only; add it")
     preflight.check_result(run_dir)
     if json_file not in (None, "-"):
         json_file = str(preflight.check_new_file(Path(json_file or "")))
@@ -153,6 +168,7 @@ def evaluate(
         force=force,
         shots=shots,
         retrieved=retrieved,
+        retriever=retriever.value,
         knn=knn,
         robustness=robustness,
         select_on=select_on.value,

@@ -57,6 +57,9 @@ def example(
             callback=as_path,
         ),
     ] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="End before the training: make model and rows only.")
+    ] = False,
     processes: Processes = None,
 ) -> None:
     """Train prompts for a small real language model, and compare them with words.
@@ -73,6 +76,7 @@ def example(
 
     - `promptshard example smollm2`
     - `promptshard example smollm2 work --packages wheels`
+    - `promptshard example smollm2 work --prepare`
     """
     _check(name)
     assert name is not None
@@ -80,6 +84,9 @@ def example(
     run_file = target / f"{name}.yaml"
     _write_run_file(run_file)
     _prepare(target, Path(packages) if packages else None)
+    if prepare:
+        typer.echo(f"run file: {run_file} (next: promptshard train {run_file})")
+        return
     config = _train(run_file, processes)
     _show(config)
     typer.echo(f"run file: {run_file} (change it, then: promptshard train {run_file})")

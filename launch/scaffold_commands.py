@@ -161,7 +161,8 @@ def _shipped() -> Iterator[Path]:
     """Yield the shipped files, relative to their folder, without those that only generate them."""
     folder = SHIPPED / "examples"
     for path in sorted(folder.rglob("*")):
-        generates = path.suffix in (".py", ".pyc") or path.name == "scenes.json"
+        own = path.parent == folder and path.suffix == ".py"
+        generates = own or path.suffix == ".pyc" or path.name == "scenes.json"
         if path.is_file() and not generates:
             yield path.relative_to(folder)
 

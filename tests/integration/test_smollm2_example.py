@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from typer.testing import CliRunner
 from launch import example_commands, smollm2_example
 from launch.commands import app
 from tests.example_wheels import write_reviews, write_wheel
+from tests.unit.test_shipped_files import commands
 from trainer.runtime.process import ROWS_CHECKED, STARTED
 
 pytest.importorskip("gguf")
@@ -18,6 +22,7 @@ from tests.gguf_files import write_gguf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).resolve().parents[2]
 CHATML = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -71,6 +76,34 @@ def test_one_command_ends_with_a_table_and_a_repeated_one_skips_what_is_done(
     again = call()
     assert "Apache-2.0" not in again.output
     assert table(again.output) == table(first.output)
+
+
+def test_the_commands_of_the_document_work_in_order(
+    wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few steps; commands that start ranks once show that they read the example's rows."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("examples", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    document = ROOT / "docs" / "from-words-to-virtual-tokens.md"
+    lines = list(dict.fromkeys(commands(document)))
+    programs = [shlex.split(line)[:2] for line in lines]
+    assert ["promptshard", "lint"] in programs
+    assert ["promptshard", "train"] in programs
+    for line in lines:
+        program, *words = shlex.split(line)
+        if program == "python":
+            done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            continue
+        if words[0] == "train":
+            words += ["training.steps=2", "evaluation.every=2", "checkpoint.every=2"]
+        if words[0] in ("train", "evaluate") or "--measure" in words:
+            words += ["--processes", "1"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+        if "--measure" in words:
+            assert "all rewrites together" in result.output
 
 
 def call():

@@ -77,7 +77,10 @@ def test_the_wheel_has_the_packages_and_the_examples_and_nothing_else(installed:
     shipped = {n for n in names if n.startswith("trainer/shipped/")}
     expected = [*(ROOT / "ds_configs").glob("*.json"), *(ROOT / "examples").glob("*.yaml")]
     expected += [
-        path for part in ("data", "tiny_base") for path in (ROOT / "examples" / part).iterdir()
+        path
+        for part in ("data", "tiny_base", "pharmacy")
+        for path in (ROOT / "examples" / part).iterdir()
+        if path.is_file()
     ]
     expected += [ROOT / "examples" / "run-file.schema.json"]
     assert shipped == {f"trainer/shipped/{path.relative_to(ROOT)}" for path in expected}

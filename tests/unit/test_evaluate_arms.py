@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -20,12 +22,14 @@ from trainer.commands.evaluate.arms import ArmBuilder
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.rows import RowEncoder
 from trainer.commands.evaluate.scoring import ArmScorer
+from trainer.commands.evaluate.similar_rows import cosine_similar
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.config import RunConfig
 from trainer.data.task_data import load_tasks
 from trainer.data.tokenization.tokenize import no_progress
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.metric_sums import row_sums
+from trainer.evaluation.read_texts import mean_hidden_states
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.weight_adapter import check_layers, load_tensors
@@ -33,6 +37,7 @@ from trainer.packing.activation_memory import TokenBudget
 from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter, read_adapter
 from trainer.prompts.peft_adapter import load_peft, save_peft
 from trainer.prompts.soft_prompt import VirtualTokens
+from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +107,13 @@ def build(
     folder: Path, config: RunConfig, adapters: Sequence[str] = (), **options: Any
 ) -> tuple[list[Arm], list[Any]]:
     """Arms of the only task, and the adapters."""
+    builder, read = builder_of(folder, config, adapters, **options)
+    return builder.build(), read
+
+
+def builder_of(
+    folder: Path, config: RunConfig, adapters: Sequence[str] = (), **options: Any
+) -> tuple[ArmBuilder, list[Any]]:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     data = load_tasks(config, tokenizer, 512, len(tokenizer))["diet"]
     read = [read_adapter(path, str(BASE)) for path in adapters]
@@ -117,7 +129,7 @@ def build(
         [(1 + i, adapter) for i, adapter in enumerate(prompts)],
         list(enumerate(weights)),
     )
-    return builder.build(), [*prompts, *weights]
+    return builder, [*prompts, *weights]
 
 
 def score(
@@ -349,6 +361,57 @@ def test_knn_prompting_equals_transformers(
         assert record["prediction"] == labels[0]  # both votes count the same: the nearest one
         assert record["probabilities"] == {c: labels.count(c) / 2 for c in CHOICES}
     assert records[0]["target"] == "plants"
+
+
+def test_rows_are_retrieved_by_the_cosine_of_mean_hidden_states(
+    tmp_path: Path, base: PromptedBase, reference: PreTrainedModel
+) -> None:
+    config = make_run(tmp_path)
+    train = [*TRAIN, ("Ants and a tree.", "insects"), (TEXTS[0], "plants"), ("Grass.", "plants")]
+    rows = [{"text": text, "label": label} for text, label in train]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    builder, _ = builder_of(tmp_path, config, retrieved=2, retriever="cosine")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    engine: Any = OneRank()
+    engine.run_on_main = lambda function: function()
+    evaluator = Evaluator(engine, base, tokenizer, TokenBudget(60))
+    console = Console(io.StringIO(), io.StringIO())
+    on_demand: Any = SimpleNamespace(
+        engine=engine, evaluator=evaluator, console=console, digest="base"
+    )
+    store = PredictionStore(tmp_path)
+    builder.similar = cosine_similar(builder, on_demand, store)
+
+    inputs = [f"{text}\nAnswer:" for text in [*(text for text, _ in train), *TEXTS]]
+    ids = [tokenizer(text)["input_ids"] for text in inputs]
+    common = next(i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1)
+    with torch.no_grad():
+        states = torch.stack(
+            [
+                reference(input_ids=torch.tensor([row]), output_hidden_states=True)
+                .hidden_states[-1][0, common:]
+                .mean(0)
+                for row in ids
+            ]
+        )
+    read = mean_hidden_states(evaluator, ids, lambda texts: None)
+    torch.testing.assert_close(read, states, rtol=1e-4, atol=1e-4)
+    centered = states - states[: len(train)].mean(0)
+    wanted = []
+    for row, text in enumerate(TEXTS):
+        cosine_A = torch.cosine_similarity(centered[len(train) + row], centered[: len(train)])
+        same = torch.tensor([text == other for other, _ in train])
+        nearest = cosine_A.masked_fill(same, -torch.inf).argsort(descending=True)[:2].tolist()
+        wanted.append(nearest[::-1])
+    assert builder.similar.chosen == wanted
+    assert builder.similar.query_tokens == sum(map(len, ids[len(train) :])) / len(TEXTS)
+
+    arms = {arm.name: arm for arm in builder.build()}
+    assert {"retrieved-2-cosine", "soft+retrieved-2-cosine"} < set(arms)
+    places = arms["retrieved-2-cosine"].examples
+    assert places == [[f"{tmp_path}/train.jsonl:{i + 1}" for i in row] for row in wanted]
+    on_demand.evaluator = None  # an earlier result is used
+    assert cosine_similar(builder, on_demand, store) == builder.similar
 
 
 def test_changed_rows_are_scored_as_their_own_texts(

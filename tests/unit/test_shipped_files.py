@@ -20,7 +20,10 @@ from trainer.data.splits import check_rows
 from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_FILES = sorted([*(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yml")])
+#: Its model and rows are made by the commands of its document, which
+#: tests/integration/test_smollm2_example.py runs.
+PHARMACY = ROOT / "examples" / "pharmacy" / "pharmacy.yaml"
+RUN_FILES = sorted(path for path in (ROOT / "examples").rglob("*.y*ml") if path != PHARMACY)
 POLICIES = sorted((ROOT / "ds_configs").rglob("*.json"))
 #: Documents whose every command of these programs is run by tests/distributed/test_readme.py.
 RUN_DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,6 +36,9 @@ COMMANDS = {
     ".venv/bin/python docs/images/quickstart.py": "the quickstart, as in test_readme.py",
     ".venv/bin/python slurm/render.py": "its function is compared in tests/unit/test_slurm.py",
     ".venv/bin/python -m tests.golden": "the same runs, in tests/distributed",
+    "python examples/pharmacy/rows.py work/data work/pharmacy": (
+        "tests/integration/test_smollm2_example.py"
+    ),
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make example-smollm2": "the same command, in tests/integration/test_smollm2_example.py",
     "make test": "this test suite",
@@ -75,6 +81,14 @@ def test_every_example_validates_with_its_rows(path):
 @pytest.mark.parametrize("path", RUN_FILES, ids=short)
 def test_every_example_passes_the_command_lines_own_checks(path, tmp_path):
     preflight.check_run(str(path), [f"output_dir={tmp_path}"])
+
+
+def test_the_pharmacy_example_lacks_only_its_model_and_rows(tmp_path):
+    with pytest.raises(BadInput) as error:
+        preflight.check_run(str(PHARMACY), [f"output_dir={tmp_path}"])
+    missing = {problem.split(":")[0] for problem in error.value.problems}
+    splits = ("train", "validation", "shifted_validation")
+    assert missing == {"base.model", *(f"tasks.condition.{split}" for split in splits)}
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=short)

@@ -1,34 +1,44 @@
-"""Retrieve the train rows that are most similar to a row, by BM25 over words. Imports no torch."""
+"""Retrieve the train rows that are most similar to a row. Imports no torch.
+
+Shape letters: A train rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config import Task
 from trainer.data.dataset import RowDataset
 from trainer.data.examples_in_context import input_text
 
+Scores = NDArray[np.float32]
 
-def retrieve(task: Task, train: RowDataset, rows: RowDataset, count: int) -> list[list[int]]:
+
+def retrieve(
+    task: Task,
+    train: RowDataset,
+    rows: RowDataset,
+    count: int,
+    similarities: Iterable[Scores] | None = None,
+) -> list[list[int]]:
     """Return for every row the indices of ``count`` train rows, the most similar one last.
 
     Train rows with the same content hash or the same text as the row are left out.
 
-    Source: BM25 of Lucene, as implemented by bm25s (arXiv 2407.03618).
+    Args:
+        similarities: of every row to all train rows, [A]; default: BM25 over words.
     """
-    import bm25s
-
     texts = [input_text(task, row) for row in train]
     hashes = train.hashes()
     queries = [input_text(task, row) for row in rows]
-    options = {"stopwords": None, "return_ids": False, "show_progress": False}
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, **options), show_progress=False)
-    words = bm25s.tokenize(queries, **options)
+    if similarities is None:
+        similarities = bm25(texts, queries)
     chosen = []
-    for query, of_query, own_hash in zip(queries, words, rows.hashes(), strict=True):
-        scores = index.get_scores(of_query) if of_query else np.zeros(len(texts))
-        order = np.argsort(-scores, kind="stable")
+    for query, scores_A, own_hash in zip(queries, similarities, rows.hashes(), strict=True):
+        order = np.argsort(-scores_A, kind="stable")
         similar: list[int] = []
         for number in order.tolist():
             if hashes[number] != own_hash and texts[number] != query:
@@ -37,3 +47,17 @@ def retrieve(task: Task, train: RowDataset, rows: RowDataset, count: int) -> lis
                     break
         chosen.append(similar[::-1])
     return chosen
+
+
+def bm25(texts: Sequence[str], queries: Sequence[str]) -> Iterator[Scores]:
+    """Yield the similarity of every query to all texts, [A].
+
+    Source: BM25 of Lucene, as implemented by bm25s (arXiv 2407.03618).
+    """
+    import bm25s
+
+    options = {"stopwords": None, "return_ids": False, "show_progress": False}
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, **options), show_progress=False)
+    for words in bm25s.tokenize(queries, **options):
+        yield index.get_scores(words) if words else np.zeros(len(texts), np.float32)

@@ -90,42 +90,6 @@ def keys_and_values(engine: Engine, base: PromptedBase, token_ids: Sequence[int]
     return engine.broadcast(cache.read().float().cpu() if engine.is_main else None)
 
 
-@torch.no_grad()
-def next_token_log_probabilities(
-    engine: Engine,
-    base: PromptedBase,
-    inputs: Sequence[Sequence[int]],
-    between_batches: Callable[[int], object] = lambda rows: None,
-    max_tokens: int | None = None,
-) -> tuple[list[int], Tensor]:
-    """Compute the distribution of the token after each input, without a prompt; a collective.
-
-    Rows are split over the ranks, which run in lockstep.
-
-    Args:
-        between_batches, max_tokens: as in ``generate``.
-
-    Returns:
-        Indices of this rank's inputs, and their log-probabilities, fp32 [rows, V], on the CPU.
-    """
-    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
-    batch_size = min(BATCH_ROWS, -(-len(inputs) // engine.world_size))
-    if max_tokens is not None:
-        batch_size = min(batch_size, max(1, max_tokens // max(map(len, inputs))))
-    indices: list[int] = []
-    parts = [torch.empty(0, base.vocab_size)]
-    with base.unpacked():
-        for start in range(0, len(order), batch_size * engine.world_size):
-            between_batches(batch_size * engine.world_size if start else 0)
-            mine = order[start + engine.rank :: engine.world_size][:batch_size]
-            rows = [inputs[i] for i in mine or order[:1]]
-            token_ids, mask = _left_padded(rows, 0, engine.device)
-            logits_BV = base(DecodeStep(token_ids, mask, base.new_cache()), []).logits_BV
-            indices += mine
-            parts.append(logits_BV.log_softmax(-1)[: len(mine)].cpu())
-    return indices, torch.cat(parts)
-
-
 def _left_padded(
     rows: Sequence[Sequence[int]], num_virtual: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

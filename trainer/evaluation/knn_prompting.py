@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.distributed.deepspeed_engine import Engine
-from trainer.evaluation.generation import next_token_log_probabilities
-from trainer.model.prompted_model import PromptedBase
+from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.read_texts import next_token_log_probabilities
 
 #: Rows whose distances to all anchors are computed together.
 ROWS = 256
@@ -36,41 +35,33 @@ class Anchors:
 
 
 def read_anchors(
-    engine: Engine,
-    base: PromptedBase,
+    evaluator: Evaluator,
     inputs: Sequence[Sequence[int]],
     labels: Sequence[int],
-    between_batches: Callable[[int], object],
-    max_tokens: int,
+    advance: Callable[[float], None],
 ) -> Anchors:
     """Compute the distributions of train rows; a collective."""
-    indices, log_RV = next_token_log_probabilities(
-        engine, base, inputs, between_batches, max_tokens
-    )
-    log_AV = torch.empty(len(inputs), base.vocab_size, dtype=torch.half)
-    for of_rank, values in engine.all_gather((indices, log_RV.half())):
+    indices, log_RV = next_token_log_probabilities(evaluator, inputs, advance)
+    log_AV = torch.empty(len(inputs), log_RV.shape[1], dtype=torch.half)
+    for of_rank, values in evaluator.engine.all_gather((indices, log_RV.half())):
         log_AV[of_rank] = values
     return Anchors(log_AV, labels)
 
 
 def nearest(
-    engine: Engine,
-    base: PromptedBase,
+    evaluator: Evaluator,
     inputs: Sequence[Sequence[int]],
     anchors: Anchors,
     excluded: Sequence[Sequence[int]],
     neighbors: int,
-    between_batches: Callable[[int], object],
-    max_tokens: int,
+    advance: Callable[[float], None],
 ) -> list[list[int]]:
     """Return the nearest anchors of every row, the nearest first, on all ranks; a collective.
 
     Args:
         excluded: anchors of every row that are not used, because they are the same row.
     """
-    indices, log_RV = next_token_log_probabilities(
-        engine, base, inputs, between_batches, max_tokens
-    )
+    indices, log_RV = next_token_log_probabilities(evaluator, inputs, advance)
     mine: dict[int, list[int]] = {}
     for start in range(0, len(indices), ROWS):
         rows, part_RV = indices[start : start + ROWS], log_RV[start : start + ROWS]
@@ -79,7 +70,7 @@ def nearest(
         for row, distance_A in zip(rows, distance_RA, strict=True):
             distance_A[list(excluded[row])] = torch.inf
             mine[row] = distance_A.topk(neighbors, largest=False).indices.tolist()
-    merged = {row: near for part in engine.all_gather(mine) for row, near in part.items()}
+    merged = {row: near for part in evaluator.engine.all_gather(mine) for row, near in part.items()}
     return [merged[row] for row in range(len(inputs))]
 
 

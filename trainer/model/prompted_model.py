@@ -36,6 +36,13 @@ class HiddenStatesRequest:
     batch: PackedBatch
 
 
+@dataclass(frozen=True)
+class NextTokenRequest:
+    """Request for the logits at the labels of a packed batch, instead of losses."""
+
+    batch: PackedBatch
+
+
 @dataclass
 class DecodeStep:
     """One forward of a left-padded batch with a key-value cache.
@@ -60,7 +67,8 @@ class ForwardResult(NamedTuple):
     Attributes:
         losses: of the labels of a packed batch.
         hidden_NH: hidden states of a ``HiddenStatesRequest``, [N, H].
-        logits_BV: next-token logits of a ``DecodeStep``, fp32 [B, V].
+        logits_BV: next-token logits of a ``DecodeStep``, fp32 [B, V], or of a ``NextTokenRequest``,
+            fp32 [N, V].
         embeddings_TH: embeddings of token ids [T].
     """
 
@@ -98,15 +106,15 @@ class PromptedBase(nn.Module):
 
     def forward(
         self,
-        inputs: PackedBatch | HiddenStatesRequest | DecodeStep | Tensor,
+        inputs: PackedBatch | HiddenStatesRequest | NextTokenRequest | DecodeStep | Tensor,
         virtual_tokens: Sequence[SoftPrompt],
         teacher_DH: Tensor | None = None,
     ) -> ForwardResult:
         """Run one forward pass. All uses of the base call this method: ZeRO-3 counts its calls.
 
         Args:
-            inputs: a packed batch (losses), a request for hidden states, a decode step (logits), or
-                token ids (embeddings).
+            inputs: a packed batch (losses), a request for hidden states or logits, a decode step
+                (logits), or token ids (embeddings).
             virtual_tokens: all prompts of the bank; for a decode step at most one prompt.
             teacher_DH: the teacher's hidden states for the distilled positions of a packed batch.
         """
@@ -114,6 +122,10 @@ class PromptedBase(nn.Module):
             return ForwardResult(losses=self._losses(inputs, virtual_tokens, teacher_DH))
         if isinstance(inputs, HiddenStatesRequest):
             return ForwardResult(hidden_NH=self._hidden(inputs.batch, virtual_tokens))
+        if isinstance(inputs, NextTokenRequest):
+            head = self.model.get_output_embeddings()
+            hidden_NH = self._hidden(inputs.batch, virtual_tokens)
+            return ForwardResult(logits_BV=head.scaled_logits(hidden_NH))
         if isinstance(inputs, DecodeStep):
             return ForwardResult(logits_BV=self._next_logits(inputs, virtual_tokens))
         return ForwardResult(embeddings_TH=self._embed(inputs))

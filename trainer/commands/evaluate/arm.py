@@ -46,6 +46,23 @@ class Neighbors:
 
 
 @dataclass(frozen=True)
+class Similar:
+    """Train rows that are similar to every row.
+
+    Attributes:
+        chosen: their indices, the most similar one last.
+        seconds: time to build an index of the train rows.
+        query_tokens: mean number of tokens that the base reads to retrieve them; 0 for BM25.
+        num_bytes: size of the index, without the texts.
+    """
+
+    chosen: Sequence[Sequence[int]]
+    seconds: float
+    query_tokens: float = 0.0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to prompt the base, on the rows of a task.
 
@@ -59,6 +76,7 @@ class Arm:
         num_bytes: size of texts, index or weights, without the base.
         setup_seconds: time to prepare the arm; training excluded.
         examples: places of the examples in context of every row.
+        query_tokens: mean number of tokens that the base reads to retrieve them.
         neighbors: of kNN prompting; None for other arms.
         change: how the rows differ from the validation rows; None if they do not.
         numbers: index of every row in its split.
@@ -75,6 +93,7 @@ class Arm:
     num_bytes: int = 0
     setup_seconds: float = 0.0
     examples: Sequence[Sequence[str]] | None = None
+    query_tokens: float = 0.0
     neighbors: Neighbors | None = None
     change: str | None = None
     numbers: Sequence[int] = ()

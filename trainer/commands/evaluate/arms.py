@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.commands.evaluate.arm import Arm, Neighbors
+from trainer.commands.evaluate.arm import Arm, Neighbors, Similar
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.rows import RowEncoder, at_most
 from trainer.config import Prompt, RunConfig, Task
@@ -44,6 +44,7 @@ class ArmBuilder:
         prompts: the trained prompts of the task to evaluate, and their indices.
         sizes: virtual tokens of every loaded prompt, by index.
         prompt_adapters, weight_adapters: with their indices among loaded prompts and adapters.
+        similar: the retrieved train rows; None: those that BM25 retrieves.
     """
 
     options: Options
@@ -54,6 +55,7 @@ class ArmBuilder:
     sizes: Sequence[int]
     prompt_adapters: Sequence[tuple[int, PromptAdapter]] = ()
     weight_adapters: Sequence[tuple[int, WeightAdapter]] = ()
+    similar: Similar | None = None
 
     @property
     def task(self) -> Task:
@@ -76,7 +78,7 @@ class ArmBuilder:
         if self.options.shots is not None:
             arms.append(self._shots(self.options.shots))
         if self.options.retrieved is not None:
-            arms.append(self._retrieved(self.options.retrieved))
+            arms.append(self._with_similar(self.options.retrieved))
         if self.options.knn is not None:
             arms.append(self._knn(self.options.knn, arms[0]))
         arms += [self._prompt(index, prompt) for index, prompt in self.prompts]
@@ -108,7 +110,7 @@ class ArmBuilder:
 
     def _changed(self, arms: Sequence[Arm]) -> list[Arm]:
         """Return the arms without examples on shifted validation rows and on changed rows."""
-        changed, plain = [], self._own_rows()
+        changed, plain = [], self.own_rows()
         # A typo may add tokens; the text is cut rather than refused.
         task = self.task.model_copy(update={"too_long": "truncate"})
         variants: list[tuple[str, RowDataset, Task]] = [
@@ -174,7 +176,7 @@ class ArmBuilder:
         kept = table.rows_R.tolist()  # rows that are too long may be skipped
         if len(kept) < count:
             raise BadInput(f"--knn {count}: there are only {len(kept)} train rows; lower it")
-        hashes, own = rows.hashes()[table.rows_R], self._own_rows().hashes()
+        hashes, own = rows.hashes()[table.rows_R], self.own_rows().hashes()
         neighbors = Neighbors(
             count,
             [example.input_ids[: example.target_start] for example in table],
@@ -192,7 +194,7 @@ class ArmBuilder:
     def _drawn(self) -> list[int]:
         """Indices of the fixed examples."""
         count, seed = self.options.shots or 0, self.config.training.seed
-        drawn = fixed_examples(self.task, self.data.train_rows, count, seed, self._own_rows())
+        drawn = fixed_examples(self.task, self.data.train_rows, count, seed, self.own_rows())
         if len(drawn) < count:
             raise BadInput(
                 f"--shots {count}: task {self.task.name!r} has only {len(drawn)} train rows that "
@@ -200,39 +202,42 @@ class ArmBuilder:
             )
         return drawn
 
-    def _retrieved(self, count: int) -> Arm:
-        chosen, seconds = self._similar
-        arm = self._with_examples("retrieved", count, chosen, f"--retrieved {count}")
-        size = _text_bytes(self.task, self.data.train_rows)
-        return replace(arm, num_bytes=size, setup_seconds=seconds)
-
     def _prompt_retrieved(self, index: int, prompt: Prompt, count: int) -> Arm:
-        plain, option = self._prompt(index, prompt), f"--retrieved {count}"
-        chosen, seconds = self._similar
-        arm = self._with_examples("retrieved", count, chosen, option, plain, prompt)
+        plain = self._prompt(index, prompt)
+        arm = self._with_similar(count, plain, prompt)
+        return replace(arm, name=f"{prompt.name}+{arm.name}", kind="prompt_retrieved")
+
+    def _with_similar(
+        self, count: int, plain: Arm | None = None, prompt: Prompt | None = None
+    ) -> Arm:
+        similar = self.similar or self._by_words
+        option = f"--retrieved {count}"
+        arm = self._with_examples("retrieved", count, similar.chosen, option, plain, prompt)
+        size = _text_bytes(self.task, self.data.train_rows) + similar.num_bytes
         return replace(
             arm,
-            name=f"{prompt.name}+retrieved-{count}",
-            kind="prompt_retrieved",
-            num_bytes=plain.num_bytes + _text_bytes(self.task, self.data.train_rows),
-            setup_seconds=seconds,
+            name=f"{arm.name}-cosine" if self.options.compares_states else arm.name,
+            num_bytes=arm.num_bytes + size,
+            setup_seconds=similar.seconds,
+            query_tokens=similar.query_tokens,
         )
 
     @cached_property
-    def _similar(self) -> tuple[list[list[int]], float]:
-        """Indices of the retrieved train rows of every row, and the seconds that it took."""
+    def _by_words(self) -> Similar:
+        """The train rows that BM25 retrieves for every row."""
         started = time.perf_counter()
         count = self.options.retrieved or 0
-        chosen = retrieve(self.task, self.data.train_rows, self._own_rows(), count)
+        chosen = retrieve(self.task, self.data.train_rows, self.own_rows(), count)
         fewest = min(map(len, chosen))
         if fewest < count:
             raise BadInput(
                 f"--retrieved {count}: task {self.task.name!r} has only {fewest} train rows that "
                 "differ from the row to answer; lower it"
             )
-        return chosen, time.perf_counter() - started
+        return Similar(chosen, time.perf_counter() - started)
 
-    def _own_rows(self) -> RowDataset:
+    def own_rows(self) -> RowDataset:
+        """The rows to answer."""
         return self.plain.rows.take(np.asarray(self.plain.row_numbers), "evaluated")
 
     def _with_examples(
@@ -246,7 +251,7 @@ class ArmBuilder:
     ) -> Arm:
         train, plain = self.data.train_rows, plain or Arm(self.task.name, "", "", self.plain)
         strict = self.task.model_copy(update={"too_long": "refuse"})
-        rows = with_examples(self._own_rows(), train, chosen)
+        rows = with_examples(self.own_rows(), train, chosen)
         try:
             encoded = self.encoder.encode(
                 plain.rows,

@@ -78,7 +78,8 @@ def query_cost(arm: Arm, base: BaseCost) -> tuple[float, float]:
         tokens += read
         flops += base.flops(read, sum(example.num_labels for example in row))
     rows = len(arm.rows.candidates)
-    return tokens / rows, flops / rows
+    searched = base.flops(arm.query_tokens, 0)
+    return tokens / rows + arm.query_tokens, flops / rows + searched
 
 
 def training_flops(summary: RunSummary | None, base: BaseCost) -> float | None:

@@ -12,6 +12,8 @@ from trainer.evaluation.metric_sums import METRICS
 
 #: ``--select-on``: rows on which the best prompt is chosen.
 SELECT_ON = ("all", "half")
+#: ``--retriever``: BM25 over words, or cosine similarity of mean hidden states.
+RETRIEVERS = ("bm25", "cosine")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Options:
         adapters: folders of PEFT adapters.
         force: evaluate adapters of another base.
         shots, retrieved: number of examples in context; None: no such arm.
+        retriever: what makes train rows similar: words, or the base's hidden states.
         knn: neighbors of kNN prompting; None: no such arm.
         select_on: choose the best prompt on all rows, or on one half and report on the other.
         robustness: also score shifted validation rows and changed rows.
@@ -43,11 +46,17 @@ class Options:
     force: bool = False
     shots: int | None = None
     retrieved: int | None = None
+    retriever: Literal["bm25", "cosine"] = "bm25"
     knn: int | None = None
     select_on: Literal["all", "half"] = "all"
     robustness: bool = False
     json: str | None = None
     fresh: bool = False
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether the base retrieves examples."""
+        return self.retrieved is not None and self.retriever == "cosine"
 
     def arguments(self) -> list[str]:
         """Return the command line that ``parse`` reads."""
@@ -77,6 +86,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--metric", choices=METRICS)
     parser.add_argument("--shots", type=int, metavar="K", help="fixed examples in context")
     parser.add_argument("--retrieved", type=int, metavar="K", help="retrieved examples")
+    parser.add_argument("--retriever", choices=RETRIEVERS, default="bm25")
     parser.add_argument("--knn", type=int, metavar="K", help="neighbors of kNN prompting")
     parser.add_argument("--select-on", choices=SELECT_ON, default="all")
     parser.add_argument("--json", metavar="FILE")

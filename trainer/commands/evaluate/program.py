@@ -16,8 +16,9 @@ from trainer.commands.evaluate.costs import BaseCost
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.results import TaskResults
 from trainer.commands.evaluate.rows import RowEncoder
-from trainer.commands.evaluate.scoring_pass import Loaded, locked, score_missing
+from trainer.commands.evaluate.scoring_pass import BaseOnDemand, Loaded, locked, score_missing
 from trainer.commands.evaluate.selection import SelectedRun
+from trainer.commands.evaluate.similar_rows import cosine_similar
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.commands.evaluate.table import show
 from trainer.commands.trained_prompts import load_prompts
@@ -67,10 +68,17 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
             files.end_ids,
             console.working,
         )
+        builders = _builders(options, run, tasks, encoder, loaded)
         with console.phase("preparing prompts and examples"):
-            arms = engine.run_on_all(lambda: _arms(options, run, tasks, encoder, loaded))
+            arms = engine.run_on_all(lambda: _arms(builders))
         cost = engine.run_on_all(lambda: _base_cost(engine, files, run))
-        score_missing(engine, files, config, arms, loaded, store, console, fresh=options.fresh)
+        base = BaseOnDemand(engine, files, config, console)
+        if options.compares_states:
+            # The arms above are checked already: with the rows that BM25 retrieves.
+            for builder in builders.values():
+                builder.similar = cosine_similar(builder, base, store)
+            arms = engine.run_on_all(lambda: _arms(builders))
+        score_missing(base, arms, loaded, store, fresh=options.fresh)
         if store is not None:
             _report(options, run, arms, store, cost, console)
     engine.close()
@@ -103,19 +111,17 @@ def _load(options: Options, run: SelectedRun, files: BaseFiles, device: torch.de
     )
 
 
-def _arms(
+def _builders(
     options: Options,
     run: SelectedRun,
     tasks: Mapping[str, TaskData],
     encoder: RowEncoder,
     loaded: Loaded,
-) -> dict[str, list[Arm]]:
-    """Build the arms of every task; raises ``BadInput`` with the problems of all tasks."""
+) -> dict[str, ArmBuilder]:
     sizes = [prompt.num_virtual_tokens for prompt in loaded.prompts]
     first = len(run.prompts)
-    arms, problems = {}, []
-    for name, data in tasks.items():
-        builder = ArmBuilder(
+    return {
+        name: ArmBuilder(
             options,
             run.config,
             data,
@@ -125,6 +131,14 @@ def _arms(
             [(first + i, adapter) for i, adapter in enumerate(run.prompt_adapters)],
             list(enumerate(run.weight_adapters)),
         )
+        for name, data in tasks.items()
+    }
+
+
+def _arms(builders: Mapping[str, ArmBuilder]) -> dict[str, list[Arm]]:
+    """Build the arms of every task; raises ``BadInput`` with the problems of all tasks."""
+    arms, problems = {}, []
+    for name, builder in builders.items():
         try:
             arms[name] = builder.build()
         except BadInput as error:

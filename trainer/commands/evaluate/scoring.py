@@ -13,15 +13,13 @@ from torch import Tensor
 from trainer.commands.evaluate.arm import Arm, Neighbors
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.data.task_data import EvalSet
-from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
+from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.knn_prompting import nearest, read_anchors, votes
 from trainer.evaluation.prediction_records import input_fields, scored_columns
 from trainer.evaluation.scoring import Request
 from trainer.model.weight_adapter import applied
 from trainer.prompts.adapter_files import WeightAdapter
 from trainer.prompts.soft_prompt import SoftPrompt
-from trainer.runtime import stop_signals
-from trainer.runtime.stop_signals import Stopped
 
 #: Rows of a block, per rank: the first block, and the largest. A stopped evaluation repeats at most
 #: one block, so blocks grow only while they take less than ``BLOCK_SECONDS``.
@@ -88,36 +86,25 @@ class ArmScorer:
         self, arm: Arm, neighbors: Neighbors, first: int, advance: Callable[[float], None]
     ) -> None:
         """Classify the rows of an arm by kNN prompting."""
-        engine, base = self.evaluator.engine, self.evaluator.base
-        limit = GENERATION_BATCHES * self.evaluator.budget.tokens
-
-        def between_batches(rows: int) -> None:
-            advance(rows)
-            if engine.any_rank(stop_signals.stop_requested()):
-                raise Stopped
-
+        evaluator = self.evaluator
         started = time.perf_counter()
-        anchors = read_anchors(
-            engine, base, neighbors.inputs, neighbors.labels, between_batches, limit
-        )
+        anchors = read_anchors(evaluator, neighbors.inputs, neighbors.labels, advance)
         if self.store is not None:
             self.store.note(arm.task, arm.name, time.perf_counter() - started)
         for start, stop in self._blocks(len(arm.numbers), first):
             rows = arm.rows.subset(range(start, stop))
             nearest_R = nearest(
-                engine,
-                base,
+                evaluator,
                 [row[0].input_ids[: row[0].last_target[0]] for row in rows.candidates],
                 anchors,
                 neighbors.excluded[start:stop],
                 neighbors.count,
-                between_batches,
-                limit,
+                advance,
             )
             if self.store is not None:
                 columns = _neighbor_columns(rows, neighbors, nearest_R)
                 self.store.append(arm.task, arm.name, records_of(arm, rows, start, columns))
-        engine.end_step()
+        evaluator.engine.end_step()
 
     def _blocks(self, rows: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of blocks; all ranks yield the same."""

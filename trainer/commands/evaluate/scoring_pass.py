@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 
 from torch import Tensor
@@ -35,14 +36,36 @@ class Loaded:
     adapter_digests: Sequence[str] = ()
 
 
+@dataclass
+class BaseOnDemand:
+    """The base, which is loaded where it is used first; all ranks use it together."""
+
+    engine: Engine
+    files: BaseFiles
+    config: RunConfig
+    console: Console
+
+    @property
+    def digest(self) -> str:
+        """Describes the base and how it computes."""
+        versions = [version(name) for name in ("torch", "transformers")]
+        settings = self.config.base.model_dump(mode="json")
+        device = self.engine.device.type
+        return json.dumps([RULES, versions, device, self.files.fingerprint, settings])
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Load the base; a stop signal then ends the evaluation between two packed batches."""
+        base = load_base(self.engine, self.files, self.config, self.console)
+        stop_signals.defer()
+        return Evaluator(self.engine, base.model, self.files.tokenizer, base.budget)
+
+
 def score_missing(
-    engine: Engine,
-    files: BaseFiles,
-    config: RunConfig,
+    base: BaseOnDemand,
     arms: Mapping[str, Sequence[Arm]],
     loaded: Loaded,
     store: PredictionStore | None,
-    console: Console,
     *,
     fresh: bool = False,
 ) -> None:
@@ -56,13 +79,11 @@ def score_missing(
     Raises:
         Stopped: on all ranks; the records of complete blocks are kept.
     """
+    console = base.console
 
     def open_store() -> dict[str, dict[str, int]]:
         assert store is not None
-        versions = [version(name) for name in ("torch", "transformers")]
-        settings = config.base.model_dump(mode="json")
-        base = json.dumps([RULES, versions, engine.device.type, files.fingerprint, settings])
-        digests = base, loaded.prompt_digests, loaded.adapter_digests
+        digests = base.digest, loaded.prompt_digests, loaded.adapter_digests
         return {
             task: {
                 arm.name: store.open(task, arm.name, arm.digest(*digests), fresh=fresh)
@@ -71,7 +92,7 @@ def score_missing(
             for task, of_task in arms.items()
         }
 
-    done = engine.run_on_main(open_store)
+    done = base.engine.run_on_main(open_store)
     missing = sum(
         len(arm.numbers) - done[task][arm.name] for task, own in arms.items() for arm in own
     )
@@ -79,10 +100,7 @@ def score_missing(
         console.print(f"{kept:,} rows were scored before; {missing:,} remain")
     if not missing:
         return
-    base = load_base(engine, files, config, console)
-    evaluator = Evaluator(engine, base.model, files.tokenizer, base.budget)
-    scorer = ArmScorer(evaluator, loaded.prompts, loaded.adapters, store)
-    stop_signals.defer()
+    scorer = ArmScorer(base.evaluator, loaded.prompts, loaded.adapters, store)
     texts = sum(scorer.num_texts(own, done[task]) for task, own in arms.items())
     with console.phase("evaluating", texts, "texts") as phase:
         for task, own in arms.items():

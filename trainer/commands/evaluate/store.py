@@ -2,6 +2,7 @@
 
     RUN_DIR/predictions/evaluation/TASK/ARM.jsonl    a record per row, in the order of the rows
     RUN_DIR/predictions/evaluation/TASK/ARM.json     digest of everything that predictions depend on
+    RUN_DIR/predictions/evaluation/TASK/.retrieved.json   train rows retrieved by hidden states
 
 An interrupted evaluation continues after the last complete record. If the digest differs, such as
 after the prompt was trained again, the arm is scored from the beginning. Imports no torch.
@@ -24,6 +25,8 @@ from trainer.runtime.json_file import read_json_object
 
 #: Folder of the evaluation in ``predictions``, beside the files of training.
 EVALUATION = "evaluation"
+#: File of a task with the rows that the base retrieved. No arm has this name.
+RETRIEVED = ".retrieved.json"
 
 
 class PredictionStore:
@@ -69,6 +72,21 @@ class PredictionStore:
         """Return the time from ``note``; None without one."""
         seconds = read_json_object(self.path(task, arm).with_suffix(".json")).get("setup_seconds")
         return seconds if isinstance(seconds, float) else None
+
+    def keep_retrieved(self, task: str, digest: str, values: Mapping[str, Any]) -> None:
+        """Write which train rows were retrieved for the rows of a task."""
+        path = self.folder / task / RETRIEVED
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_io.write_json(path, {"digest": digest, "values": dict(values)})
+
+    def read_retrieved(self, task: str, digest: str) -> dict[str, Any] | None:
+        """Return what ``keep_retrieved`` wrote; None if there is nothing with this digest."""
+        with suppress(BadInput):
+            kept = read_json_object(self.folder / task / RETRIEVED)
+            values = kept.get("values")
+            if kept.get("digest") == digest and isinstance(values, dict):
+                return values
+        return None
 
     def append(self, task: str, arm: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records and write them to disk."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.commands.evaluate.arm import Arm
 from trainer.commands.evaluate.rows import RowEncoder
-from trainer.commands.evaluate.scoring_pass import Loaded, locked, score_missing
+from trainer.commands.evaluate.scoring_pass import BaseOnDemand, Loaded, locked, score_missing
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.commands.lint.effects import Records, measured
 from trainer.commands.lint.options import RESULTS, Options, results_folder
@@ -52,7 +52,7 @@ def measure(options: Options, config: RunConfig, console: Console) -> None:
             arms = engine.run_on_all(
                 lambda: _arms(options, checked, texts, tasks, _encoder(files, date, console))
             )
-        score_missing(engine, files, config, arms, Loaded(), store, console)
+        score_missing(BaseOnDemand(engine, files, config, console), arms, Loaded(), store)
         if store is not None:
             results = [
                 _result(options, each, texts[i], tasks, store) for i, each in enumerate(checked)

@@ -123,6 +123,13 @@ class FrozenHead(FrozenLinear):
             return LabelLosses(self._cross_entropy(x, labels_N, place_N))
         return self._distillation_losses(x, labels_N, teacher_DH, distilled_D)
 
+    def scaled_logits(self, x_NH: Tensor) -> Tensor:
+        """Logits as the model returns them, scaled and capped: fp32 [N, V]; a collective."""
+        logits_NV = self(x_NH).float() * self.scale
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
     def extra_repr(self) -> str:
         stored = self.weight if self.rows is None else self.rows
         return f"{self.in_features}, {self.out_features}, stored={stored.dtype}"
