@@ -56,7 +56,7 @@ def _effects(each: CheckedText, metric: str, width: int) -> Iterator[str]:
                 yield from settings_text.wrap(f"{_short(each.text, part)}: {text}", width, 6)
     unready = dict.fromkeys(f.rule for f in each.findings if f.rule not in each.rules)
     for rule in unready:
-        yield f"    rule {rule}: not measured; its rewrite has a place to fill in"
+        yield f"    rule {rule}: not measured; its rewrite is not ready to use"
     if each.rewritten is not None and len(each.rules) > 1:
         effect = _effect(metric, each.rewritten_effect)
         yield from settings_text.wrap(f"all rewrites together: {effect}", width, 4)

@@ -30,6 +30,9 @@ from trainer.evaluation.lint.rewrites import apply_all, rewrites
 BAD = "Please describe the diet. Please name several animals, e.g. lions, and compare them."
 
 
+WITHOUT_VALIDATION = ("tasks[0].validation=null", "tasks[0].hand_written=[]")
+
+
 def finding(text: str, part: str, rewrite: str, rule: str = "r", *, ready: bool = True) -> Finding:
     start = text.index(part)
     return Finding(rule, start, start + len(part), "", rewrite, ready)
@@ -66,6 +69,13 @@ class TestRewrites:
         added = [Finding(rule, 5, 5, "", " Answer a or b.") for rule in ("x", "y")]
         assert apply_all("Why?\n", [Finding("x", 4, 4, "", " Answer a.")]) == "Why? Answer a.\n"
         assert apply_all("Text.", added) == "Text. Answer a or b."
+
+
+def with_long_prompt(config: RunConfig) -> RunConfig:
+    """Make room for all texts, which the short prompt of the run does not hold."""
+    (prompt,) = config.prompts
+    longer = prompt.model_copy(update={"num_virtual_tokens": 100})
+    return config.model_copy(update={"prompts": [longer]})
 
 
 def load(config: RunConfig) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def test_a_text_of_the_system_replaces_that_of_the_task(tmp_path: Path) -> None:
 
 
 def test_effects_are_paired_differences_to_the_original(tmp_path: Path) -> None:
-    config = make_run(tmp_path, hand_written=[BAD])
+    config = with_long_prompt(make_run(tmp_path, hand_written=[BAD]))
     (instruction,) = instructions_of(config)
     checked = check(instruction)
     texts = rewrites(BAD, checked.findings)
@@ -136,7 +146,7 @@ class TestCommand:
     @pytest.fixture
     def run_file(self, tmp_path: Path) -> Path:
         path = tmp_path / "run.yaml"
-        path.write_text(dump(make_run(tmp_path, hand_written=[BAD])))
+        path.write_text(dump(with_long_prompt(make_run(tmp_path, hand_written=[BAD]))))
         return path
 
     def run(self, *arguments: str) -> Any:
@@ -191,7 +201,10 @@ class TestCommand:
             (["RUN", "--rows", "9"], "--rows: is used with --measure only"),
             (["RUN", "--measure", "--metric", "acuracy"], "did you mean 'accuracy'"),
             (["RUN", "--measure", "--metric", "f1"], "--metric: f1 compares sets of labels"),
-            (["RUN", "--measure", "tasks[0].validation=[]"], "no validation rows to measure on"),
+            (
+                ["RUN", "--measure", "--text", BAD, *WITHOUT_VALIDATION],
+                "tasks.diet: has no validation rows to measure on",
+            ),
             (["RUN", "--measure", "base.model=./none"], "base.model: ./none: no such folder"),
             (["RUN", "--task", "dite"], "has no task 'dite' (did you mean 'diet'?)"),
         ],

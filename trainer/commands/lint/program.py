@@ -39,7 +39,7 @@ def measure(options: Options, config: RunConfig, console: Console) -> None:
     """
     checked = checked_instructions(config, options)
     texts = {i: rewrites(each.instruction.text, each.findings) for i, each in enumerate(checked)}
-    config = _measured_tasks(config, to_measure(checked))
+    measured_run = _measured_tasks(config, to_measure(checked))
     output = results_folder(config.output_dir)
     engine = Engine(config.engine.timeout_seconds)
     engine.start_watchdog(output / "logs", config.engine.silence_seconds)
@@ -48,7 +48,7 @@ def measure(options: Options, config: RunConfig, console: Console) -> None:
         files = open_base_on_all(engine, config.base, console)
         date = engine.run_on_main(lambda: _chat_date(config, files))
         with console.phase("reading rows"):
-            tasks = load_tasks_per_node(engine, files, config, console, date, (VALIDATION,))
+            tasks = load_tasks_per_node(engine, files, measured_run, console, date, (VALIDATION,))
             arms = engine.run_on_all(
                 lambda: _arms(options, checked, texts, tasks, _encoder(files, date, console))
             )

@@ -114,4 +114,6 @@ def longer_than_prompt(text: str, parts: list[Sentence], task: TaskWords) -> Ite
             f"{len(ends)} tokens, but the prompt has num_virtual_tokens: {length}; it starts from "
             f"the first {length} only."
         )
-        yield Finding("longer-than-prompt", ends[length - 1], len(text), why, "")
+        start = ends[length - 1]
+        # The cut text is a start for training, not an instruction to score.
+        yield Finding("longer-than-prompt", start, len(text), why, "", measurable=False)
