@@ -30,7 +30,10 @@ from trainer.evaluation.lint.rewrites import apply_all, rewrites
 BAD = "Please describe the diet. Please name several animals, e.g. lions, and compare them."
 
 
-WITHOUT_VALIDATION = ("tasks[0].validation=null", "tasks[0].hand_written=[]")
+WITHOUT_VALIDATION = [
+    f"tasks[0].{setting}"
+    for setting in ("validation=null", "validation_share=0", "hand_written=[]")
+]
 
 
 def finding(text: str, part: str, rewrite: str, rule: str = "r", *, ready: bool = True) -> Finding:
@@ -127,7 +130,7 @@ def test_effects_are_paired_differences_to_the_original(tmp_path: Path) -> None:
     assert texts.together is not None
     correct[texts.together] = [True] * 10 + [False] * 10
     records = {
-        text: [{"correct": c, "prediction": "meat", "target": "meat"} for c in values]
+        text: [{"row": i + 1, "correct": value} for i, value in enumerate(values)]
         for text, values in correct.items()
     }
     result = measured(checked, texts, records.__getitem__, config.tasks[0], "accuracy")
@@ -137,9 +140,9 @@ def test_effects_are_paired_differences_to_the_original(tmp_path: Path) -> None:
     assert result.rewritten_effect.low is not None
     assert 0 < result.rewritten_effect.low < 0.5
     assert set(result.rules) == {f.rule for f in checked.findings if f.measurable}
-    for found in result.findings:
-        assert (found.effect is None) == (not found.measurable)
-        assert found.effect is None or found.effect.difference == 0.0
+    for part in result.findings:
+        assert (part.effect is None) == (not part.measurable)
+        assert part.effect is None or part.effect.difference == 0.0
 
 
 class TestCommand:
@@ -167,7 +170,7 @@ class TestCommand:
 
             def records(text: str) -> list[dict[str, Any]]:
                 right = 28 if text in better else 20
-                return [{"correct": i < right, "prediction": "", "target": ""} for i in range(40)]
+                return [{"row": i + 1, "correct": i < right} for i in range(40)]
 
             result = measured(each, texts, records, config.tasks[0], "accuracy")
             path = Path(folder) / "lint.json"

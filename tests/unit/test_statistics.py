@@ -99,11 +99,11 @@ def test_intervals_of_paired_rates_cover_the_true_difference(cells, num_rows):
     true = cells[1] - cells[2]
     drawn = generator.multinomial(num_rows, cells, 400)
     results = {tuple(counts): paired_rates(*rows(*counts)) for counts in drawn.tolist()}
-    found = [results[tuple(counts)] for counts in drawn.tolist()]
-    covered = np.mean([result.low <= true <= result.high for result in found])
+    compared = [results[tuple(counts)] for counts in drawn.tolist()]
+    covered = np.mean([result.low <= true <= result.high for result in compared])
     assert covered >= 0.94
     if true == 0:
-        assert np.mean([result.significant for result in found]) <= 0.06
+        assert np.mean([result.significant for result in compared]) <= 0.06
 
 
 @pytest.mark.parametrize("num_rows", [10, 40, 200])

@@ -21,6 +21,9 @@ from trainer.packing.packed_batch import PackedRow
 
 Advance = Callable[[float], None]
 
+#: Bytes of the logits of the texts that a rank reads together, about.
+LOGITS_BYTES = 256 << 20
+
 
 @torch.no_grad()
 def next_token_log_probabilities(
@@ -37,12 +40,14 @@ def next_token_log_probabilities(
     indices: list[int] = []
     parts = [torch.empty(0, evaluator.base.vocab_size)]
     rows = _rows(texts, [len(text) for text in texts], evaluator.base.packed)
-    for batch in evaluator.read(rows, advance):
-        logits_NV = evaluator.base(NextTokenRequest(batch), []).logits_BV
-        slots = batch.label_slot_N.tolist()
-        mine = [place for place, slot in enumerate(slots) if slot >= 0]
-        indices += [slots[place] for place in mine]
-        parts.append(logits_NV[mine].log_softmax(-1).cpu())
+    most = max(1, LOGITS_BYTES // (4 * evaluator.base.vocab_size)) * evaluator.engine.world_size
+    for start in range(0, len(rows), most):
+        for batch in evaluator.read(rows[start : start + most], advance):
+            logits_NV = evaluator.base(NextTokenRequest(batch), []).logits_BV
+            slots = batch.label_slot_N.tolist()
+            mine = [place for place, slot in enumerate(slots) if slot >= 0]
+            indices += [slots[place] for place in mine]
+            parts.append(logits_NV[mine].log_softmax(-1).cpu())
     return indices, torch.cat(parts)
 
 

@@ -123,7 +123,7 @@ class PromptedBase(nn.Module):
         if isinstance(inputs, HiddenStatesRequest):
             return ForwardResult(hidden_NH=self._hidden(inputs.batch, virtual_tokens))
         if isinstance(inputs, NextTokenRequest):
-            head = self.model.get_output_embeddings()
+            head: Any = self.model.get_output_embeddings()
             hidden_NH = self._hidden(inputs.batch, virtual_tokens)
             return ForwardResult(logits_BV=head.scaled_logits(hidden_NH))
         if isinstance(inputs, DecodeStep):

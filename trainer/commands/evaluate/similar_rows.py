@@ -47,7 +47,7 @@ def cosine_similar(
         states = mean_hidden_states(base.evaluator, [*train, *rows], phase.advance)
     seconds = (time.perf_counter() - started) * len(train) / (len(train) + len(rows))
     cosine_RA = cosines(states[len(train) :], states[: len(train)])
-    found = Similar(
+    retrieved = Similar(
         retrieve(
             builder.task,
             builder.data.train_rows,
@@ -60,8 +60,8 @@ def cosine_similar(
         num_bytes=states[: len(train)].numel() * states.element_size(),
     )
     if store is not None:
-        store.keep_retrieved(task, digest, vars(found))
-    return base.engine.broadcast(found if base.engine.is_main else None)
+        store.keep_retrieved(task, digest, vars(retrieved))
+    return base.engine.broadcast(retrieved if base.engine.is_main else None)
 
 
 def _texts(builder: ArmBuilder) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

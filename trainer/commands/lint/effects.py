@@ -45,8 +45,8 @@ def measured(
 
     plain = unmeasured(checked.instruction, checked.findings)
     findings = [
-        found.model_copy(update={"effect": effect(text)})
-        for found, text in zip(plain.findings, texts.by_finding, strict=True)
+        part.model_copy(update={"effect": effect(text)})
+        for part, text in zip(plain.findings, texts.by_finding, strict=True)
     ]
     by_rule = {rule: effect(text) for rule, text in texts.by_rule.items()}
     return plain.model_copy(

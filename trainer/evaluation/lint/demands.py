@@ -67,7 +67,7 @@ def _conditional(sentence: str, place: int) -> bool:
 
 def contradiction(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
     """Demands that exclude each other."""
-    found: set[tuple[int, int]] = set()
+    spans: set[tuple[int, int]] = set()
     for first, second in words.OPPOSED:
         one, other = first.search(text), second.search(text)
         if one is None or other is None or _negated(text, one) or _negated(text, other):
@@ -75,9 +75,9 @@ def contradiction(text: str, parts: list[Sentence], task: TaskWords) -> Iterator
         later = max(one, other, key=lambda match: match.start())
         why = f"{one.group()!r} and {other.group()!r} exclude each other."
         start, end = _phrase_around(text, later)
-        if (start, end) in found:
+        if (start, end) in spans:
             continue
-        found.add((start, end))
+        spans.add((start, end))
         yield Finding("contradiction", start, end, why, "")
     most, least = (
         re.search(rf"\b{name} (\d+)", text, re.IGNORECASE) for name in ("at most", "at least")

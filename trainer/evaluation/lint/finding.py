@@ -1,4 +1,4 @@
-"""What a rule finds in an instruction, and what it knows of the task."""
+"""Findings of a rule in an instruction, and the facts of its task."""
 
 from __future__ import annotations
 
