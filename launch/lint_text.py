@@ -58,8 +58,8 @@ def _effects(each: CheckedText, metric: str, width: int) -> Iterator[str]:
     for rule in unready:
         yield f"    rule {rule}: not measured; its rewrite is not ready to use"
     if each.rewritten is not None and len(each.rules) > 1:
-        effect = _effect(metric, each.rewritten_effect)
-        yield from settings_text.wrap(f"all rewrites together: {effect}", width, 4)
+        together = _effect(metric, each.rewritten_effect)
+        yield from settings_text.wrap(f"all rewrites together: {together}", width, 4)
         yield from settings_text.wrap(f"{printable(each.rewritten.strip())!r}", width, 6)
     yield from settings_text.wrap(_detectable(each, metric), width, 2)
 

@@ -75,9 +75,10 @@ class _Texts:
             if task.system:
                 yield self.of(task, f"tasks.{i}.system", task.system)
         for i, prompt in enumerate(self._config.prompts):
-            if text := prompt.init.text:
+            start = prompt.init.text
+            if start:
                 task, lengths = self._config.task(prompt.task), [prompt.num_virtual_tokens]
-                yield self.of(task, f"prompts.{i}.init.text", text, lengths)
+                yield self.of(task, f"prompts.{i}.init.text", start, lengths)
 
 
 def _searched(config: RunConfig, task: Task) -> list[int]:
