@@ -83,7 +83,7 @@ def with_long_prompt(config: RunConfig) -> RunConfig:
 
 def load(config: RunConfig) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    return load_tasks(config, tokenizer, 512, len(tokenizer))
+    return load_tasks(config.model_copy(update={"prompts": []}), tokenizer, 512, len(tokenizer))
 
 
 def encoder() -> RowEncoder:
