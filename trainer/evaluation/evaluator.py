@@ -139,20 +139,6 @@ class Evaluator:
                 self._advance(len(request.rows.candidates))
         return [None if array is None else torch.from_numpy(array).flatten() for array in arrays]
 
-    def read(
-        self, rows: Iterable[PackedRow], advance: Callable[[float], None]
-    ) -> Iterator[PackedBatch]:
-        """Yield this rank's packed batches of rows without prompts; ranks have equally many.
-
-        Args:
-            advance: as in ``score``.
-
-        Raises:
-            Stopped: as in ``score``.
-        """
-        self._advance = advance
-        yield from self._batches(rows, PromptLengths((), ()))
-
     def _candidate_nll(
         self,
         requests: Sequence[Request],

@@ -17,10 +17,11 @@ from torch import Tensor
 from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator
 from trainer.model.prompted_model import HiddenStatesRequest, NextTokenRequest
-from trainer.packing.packed_batch import PackedRow
+from trainer.packing.packed_row import PackedRow, PromptLengths
 
 Advance = Callable[[float], None]
 
+NO_PROMPTS = PromptLengths((), ())
 #: Bytes of the logits of the texts that a rank reads together, about.
 LOGITS_BYTES = 256 << 20
 
@@ -42,7 +43,7 @@ def next_token_log_probabilities(
     rows = _rows(texts, [len(text) for text in texts], evaluator.base.packed)
     most = max(1, LOGITS_BYTES // (4 * evaluator.base.vocab_size)) * evaluator.engine.world_size
     for start in range(0, len(rows), most):
-        for batch in evaluator.read(rows[start : start + most], advance):
+        for batch in evaluator.batches(rows[start : start + most], NO_PROMPTS, advance=advance):
             logits_NV = evaluator.base(NextTokenRequest(batch), []).logits_BV
             slots = batch.label_slot_N.tolist()
             mine = [place for place, slot in enumerate(slots) if slot >= 0]
@@ -66,7 +67,7 @@ def mean_hidden_states(
     engine = evaluator.engine
     sums_RH: Tensor | None = None
     rows = _rows(texts, [first + 1] * len(texts), evaluator.base.packed)
-    for batch in evaluator.read(rows, advance):
+    for batch in evaluator.batches(rows, NO_PROMPTS, advance=advance):
         hidden_NH = evaluator.base(HiddenStatesRequest(batch), []).hidden_NH.float()
         if sums_RH is None:
             sums_RH = hidden_NH.new_zeros(len(texts), hidden_NH.shape[1])
