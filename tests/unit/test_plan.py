@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,20 +13,26 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from launch import plan_command
+from launch.commands import app
 from launch.plan_command import plan_arguments
 from trainer.commands import plan as command
 from trainer.config import Base, load
 from trainer.cost_model import hardware
 from trainer.cost_model.base_headers import open_base_shape
-from trainer.cost_model.hardware import CONTEXT_BYTES, find_device, read_hardware
+from trainer.cost_model.hardware import CONTEXT_BYTES, find_device, gpu_named, read_hardware
 from trainer.cost_model.run_needs import needs_of_row_tokens
 from trainer.cost_model.run_plan import RunPlan, plan_run
 from trainer.distributed.zero3_sharder import base_size, expected_base_bytes
 from trainer.model import hub
 from trainer.model.checkpoint_files import open_base
 from trainer.model.meta_model import build_meta_model
+from trainer.reporting.planned import PlanComparison, as_summary
+from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.training.callbacks import StepReport
 
 CPU = torch.device("cpu")
 #: Families that differ in names, biases, fused or transposed matrices, experts and their routers.
@@ -310,3 +318,70 @@ def test_a_hub_model_is_planned_from_its_headers(
     assert asked == ["config.json"]
     assert shape == local
     assert stored == header["model.layers.31.post_layernorm.weight"]["data_offsets"][1]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the module of the plan in the tests' process, which has its libraries imported."""
+    monkeypatch.setattr(
+        plan_command, "run_alone", lambda module, words, imports: command.main(words)
+    )
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_submit_asks_for_the_planned_time(run_file: Path) -> None:
+    arguments = plan_arguments(str(run_file), [], 16, 8, gpu="h100-80gb", row_tokens=512)
+    planned = plan_command.time_limit(arguments)
+    option = plan_of(run_file, "h100-80gb", [8, 8]).options[-1]  # shard_group: world
+    assert (planned.hours, planned.time) == (option.hours, option.limit)
+    hours, minutes, _ = map(int, planned.time.split(":"))
+    limit = 60 * hours + minutes
+    assert 75 * planned.hours + 10 <= limit < 75 * planned.hours + 15
+    assert limit % 5 == 0
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_submit_refuses_a_run_that_cannot_fit(run_file: Path) -> None:
+    settings = ["base.quantization=none", "engine.shard_group=1"]
+    arguments = plan_arguments(str(run_file), settings, 8, 4, gpu="t4", row_tokens=512)
+    with pytest.raises(BadInput, match=r"does not fit: a rank needs .*; use engine\.shard_group=2"):
+        plan_command.time_limit(arguments)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_submit_plans_before_it_renders_the_script() -> None:
+    words = ["submit", "examples/quickstart.yaml", "--nodes", "2", "--gpus-per-node", "4"]
+    done = CliRunner().invoke(app, [*words, "--plan", "--gpu", "l4", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"#SBATCH --time=00:\d\d:00", done.output)
+    refused = CliRunner().invoke(app, [*words, "--gpu", "l4", "--dry-run"])
+    assert isinstance(refused.exception, BadInput)
+    assert "add --plan" in str(refused.exception)
+
+
+def test_the_log_compares_plan_and_measurement_once(run_file: Path) -> None:
+    plan = plan_of(run_file, "h100-80gb", [8]).options[0]
+    out = io.StringIO()
+    compared = PlanComparison(plan, Console(out, out))
+    for step in range(1, 30):
+        compared.on_step_end(StepReport(step, 1.0, 5000.0, 7200.0, []))
+    (line,) = out.getvalue().splitlines()
+    assert re.search(r"planned [\d.]+ (h|min), at the measured rate 2\.\d h", line)
+    assert "measured 5,000 in step 20" in line
+    planned = as_summary(plan)
+    assert planned.gathered_bytes_per_step == plan.cost.gathered_bytes
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_run_finds_its_gpu_by_the_name_of_the_driver(reported: str, name: str | None) -> None:
+    assert gpu_named(read_hardware(), reported) == name

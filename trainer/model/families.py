@@ -69,7 +69,7 @@ _PLAIN = """
     qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 stablelm
 """
 _UNGATED = ("biogpt", "falcon", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2")
-_WIDE = ("cohere2", "flex_olmo", "helium", "nanochat", "olmo", "olmo2", "olmo3")
+_WIDE = ("cohere2", "flex_olmo", "helium", "nanochat", "olmo2", "olmo3")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN.split(), Family()),
@@ -122,6 +122,7 @@ FAMILIES: dict[str, Family] = {
         mlp_tensors=1,
         norm_inputs=4,
     ),
+    "olmo": Family(wide_norms=True, norm_inputs=3),  # with clipped queries, keys and values
     "persimmon": Family(norm_inputs=3),
     "qwen2_moe": Family(refused={"use_sliding_window": "its attention does not get the window"}),
     **dict.fromkeys(
