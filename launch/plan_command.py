@@ -134,6 +134,8 @@ def plan_arguments(
     described = [gpu, gpu_memory, tflops, bandwidth, hardware]
     if cpu and any(value is not None for value in described):
         problems.append("--cpu: describes this machine; remove the options of a GPU")
+    if not cpu and not problems:
+        _check_device(gpu, per_node, gpu_memory, tflops, bandwidth, network, hardware)
     if problems:
         raise BadInput(problems)
     options = {
@@ -149,6 +151,29 @@ def plan_arguments(
     }
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     return [run_file, *overrides, *given, *(["--cpu"] if cpu else [])]
+
+
+def _check_device(
+    gpu: str | None,
+    gpus_per_node: int,
+    gpu_memory: str | None,
+    tflops: float | None,
+    bandwidth: float | None,
+    network: str,
+    hardware: str | None,
+) -> None:
+    """Raise ``BadInput`` for unknown names and missing numbers before a process starts."""
+    from trainer.cost_model.hardware import find_device, read_hardware
+
+    find_device(
+        read_hardware(None if hardware is None else Path(hardware)),
+        gpu,
+        gpus_per_node=gpus_per_node,
+        network=network,
+        memory_bytes=None if gpu_memory is None else parse_bytes(gpu_memory),
+        tflops=tflops,
+        bandwidth=bandwidth,
+    )
 
 
 @dataclass(frozen=True)
