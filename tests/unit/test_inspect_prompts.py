@@ -405,6 +405,13 @@ class TestElicitation:
                 expected = patched(reference, tokenizer, prompt_PH, begin, inspected.layers)
                 assert inspected.text == expected
 
+    def test_a_text_that_does_not_fit_is_left_out(
+        self, evaluator: Evaluator, subjects: dict[str, Subject]
+    ) -> None:
+        values = VirtualTokens(subjects["single"].values.tensor)
+        example = subjects["triage"].rows.candidates[0][0]
+        assert elicit(evaluator, [values], [example], ["Name it."], 8) == [[]]
+
     def test_the_best_text_is_kept(self, result: PromptInspection) -> None:
         assert result.elicited is not None
         assert result.class_rate == class_rate(result.elicited, CHOICES["triage"])

@@ -132,7 +132,9 @@ def _problems(options: Options, tasks: Sequence[Task]) -> list[str]:
     problems = []
     if options.data is not None and len(tasks) > 1:
         names = ", ".join(task.name for task in tasks)
-        problems.append(f"--data: replaces the rows of one task, but there are {names}; add --task")
+        problems.append(
+            f"--data: replaces the rows of one task, but there are {names}; add --prompt"
+        )
     for task in tasks:
         if not task.has_validation:
             problems.append(

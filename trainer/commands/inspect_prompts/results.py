@@ -83,6 +83,11 @@ def _notes(subject: Subject, measured: Measurements) -> list[str]:
     sensitivity = measured.sensitivity
     if sensitivity is None or sensitivity.attention_LP is None:
         notes.append("attention is not measured: rows of this family are padded, not packed")
+    if not (measured.described.get("") or subject.is_prefix):
+        notes.append(
+            "nothing is elicited: the virtual tokens do not fit into the context with a text, or "
+            "the layers of this family read several hidden states of a token"
+        )
     if subject.rows.task.choices is None and not subject.is_prefix:
         notes.append(
             "the task has no choices, so there is no class rate; the elicited text is that of the "

@@ -23,6 +23,8 @@ MOST_TOKENS = 40
 TOKEN_WIDTH, TEXT_WIDTH, NAME_WIDTH = 13, 36, 24
 #: Nearest tokens in the table.
 SHOWN = 2
+#: Numbers below this are written with an exponent.
+SMALLEST = 0.001
 #: Prompts of a map of similarities, which has one column per prompt; of more, pairs are shown.
 MOST_PROMPTS, PAIRS = 6, 10
 READING = (
@@ -112,10 +114,11 @@ def effect_table(tokens: Sequence[TokenInspection]) -> tuple[list[str], list[lis
 def _left_out(token: TokenInspection) -> str:
     if token.leave_one_out is None:
         return NONE
-    text = f"{token.leave_one_out:+.4f}"
+    text = _signed(token.leave_one_out)
     if token.leave_one_out_high is None:
         return text
-    return f"{text} ±{token.leave_one_out_high - token.leave_one_out:.4f}"
+    half = token.leave_one_out_high - token.leave_one_out
+    return f"{text} ±{_signed(half).removeprefix('+')}"
 
 
 def _attention(token: TokenInspection) -> tuple[str, str]:
@@ -272,4 +275,6 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.4f}"
+    if value is None:
+        return NONE
+    return f"{value:+.4f}" if abs(value) >= SMALLEST or not value else f"{value:+.1e}"

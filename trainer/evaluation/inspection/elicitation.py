@@ -98,6 +98,10 @@ def elicit(
         demonstrations: descriptions of other tasks.
         context_length: texts that do not fit are left out.
         advance: called with the number of texts generated since the last call.
+
+    Returns:
+        For each prompt, one description per text; none if no text fits, or if the layers of the
+        family read several hidden states of a token (Gemma 3n).
     """
     engine, base, tokenizer = evaluator.engine, evaluator.base, evaluator.tokenizer
     layers = decoder_layers(base)
@@ -115,6 +119,9 @@ def elicit(
         for target in chosen
         if len(begin[with_examples]) + len(of_prompt[i]) + MAX_NEW_TOKENS <= context_length
     ]
+    described: list[list[Description]] = [[] for _ in prompts]
+    if not patches:
+        return described
     ids = {*end_ids(base.model.generation_config), tokenizer.eos_token_id} - {None}
     stop = StopCriteria(tokenizer, frozenset(ids), (SEPARATOR.strip(),))
     done = 0
@@ -138,7 +145,6 @@ def elicit(
     )
     advance(len(patches) - done)
     engine.end_step()
-    described: list[list[Description]] = [[] for _ in prompts]
     for patch, new in zip(patches, generated, strict=True):
         text = stop.text(new, skip_special_tokens=True).strip()
         layers_used = patch.source, patch.target
@@ -171,7 +177,10 @@ def _read_states(
     examples: Sequence[Example],
     layers: Sequence[nn.Module],
 ) -> list[list[Tensor]]:
-    """Return the states of every prompt's virtual tokens before each layer, [P, H] each."""
+    """Return the states of every prompt's virtual tokens before each layer, [P, H] each.
+
+    Empty if the layers read several hidden states of a token.
+    """
     lengths = prompt_lengths(prompts)
     states: list[list[Tensor]] = [[] for _ in prompts]
     # The shortest text: only its part before the virtual tokens matters.
@@ -182,6 +191,8 @@ def _read_states(
         batch = batch.to(evaluator.engine.device)
         with torch.no_grad(), _recorded(layers) as inputs:
             evaluator.base(HiddenStatesRequest(batch), prompts)
+        if any(hidden.dim() != 3 for hidden in inputs):
+            return []
         for hidden in inputs:
             hidden_TH = _packed(hidden, batch, evaluator.base)
             for k, positions in batch.prompts:
