@@ -148,7 +148,7 @@ def test_inspection_of_the_quickstart(folder: Folder) -> None:
         controls = prompt["controls"]
         assert set(controls) == {"random", "initial", "other_task"}
         for control in controls.values():
-            assert prompt["class_rate"] > control["class_rate"], name
+            assert prompt["class_rate"] >= control["class_rate"] + (name == "triage") / 3
             assert prompt["loss"] < control["loss"]
         assert [saved["step"] for saved in prompt["checkpoints"]] == [20, 40, 60]
         assert all(token["drift"] > 0 for token in prompt["tokens"])
