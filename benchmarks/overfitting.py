@@ -49,7 +49,7 @@ def main() -> None:
         run = run_file(given, Path(temporary))
         results = train(run, Path(temporary))
     atomic_io.write(RESULTS, json.dumps(results) + "\n")
-    print(results["summary"]["overfitting"][TASK]["verdict"])
+    print(*results["summary"]["overfitting"][TASK]["verdict"], sep="\n")
 
 
 def run_file(given: argparse.Namespace, folder: Path) -> dict[str, Any]:

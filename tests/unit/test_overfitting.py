@@ -64,6 +64,10 @@ def assessed(
     return overfitting
 
 
+def words_of(result: Overfitting) -> str:
+    return " ".join(result.verdict)
+
+
 def lengths(long: int, short: int, **more: int) -> dict[str, dict[str, Any]]:
     return {
         "long": {"num_virtual_tokens": 20, "right": long, **more},
@@ -74,15 +78,15 @@ def lengths(long: int, short: int, **more: int) -> dict[str, dict[str, Any]]:
 def test_a_longer_prompt_that_only_fits_the_train_rows_better_is_not_taken(tmp_path):
     result = assessed(tmp_path, lengths(72, 70), {"long": 96, "short": 80})
     assert result.take == "short"
-    assert result.verdict.startswith(
+    assert words_of(result).startswith(
         "20 virtual tokens (long) fit the train rows better than 5 (short): +16.0 points (95% "
         "interval "
     )
     assert (
         "On the validation rows they are not significantly better: +2.0 points (95% interval "
-    ) in result.verdict
-    assert "Take 5 (short)." in result.verdict
-    assert "it fits its train rows better than new rows" in result.verdict
+    ) in words_of(result)
+    assert "Take 5 (short)." in words_of(result)
+    assert "it fits its train rows better than new rows" in words_of(result)
     assert result.train is not None
     assert result.train.gap is not None
     assert result.train.gap.difference == pytest.approx(-0.24)
@@ -92,17 +96,17 @@ def test_a_longer_prompt_that_only_fits_the_train_rows_better_is_not_taken(tmp_p
 def test_a_longer_prompt_that_generalizes_better_is_taken(tmp_path):
     result = assessed(tmp_path, lengths(80, 50), {"long": 82, "short": 50})
     assert result.take == "long"
-    assert "On the validation rows they are better: +30.0 points" in result.verdict
-    assert "Take 20 (long)." in result.verdict
-    assert "no significant overfitting to the train rows" in result.verdict
+    assert "On the validation rows they are better: +30.0 points" in words_of(result)
+    assert "Take 20 (long)." in words_of(result)
+    assert "no significant overfitting to the train rows" in words_of(result)
 
 
 def test_the_difference_is_told_from_the_view_of_the_longer_prompt(tmp_path):
     """The best prompt is the shorter one: the signs are turned."""
     result = assessed(tmp_path, lengths(60, 80), {"long": 95, "short": 80})
     assert (result.prompt, result.other, result.take) == ("short", "long", "short")
-    assert "(long) fit the train rows better than 5 (short): +15.0 points" in result.verdict
-    assert "they are worse: -20.0 points" in result.verdict
+    assert "(long) fit the train rows better than 5 (short): +15.0 points" in words_of(result)
+    assert "they are worse: -20.0 points" in words_of(result)
     assert result.length is not None
     assert result.length.difference == pytest.approx(0.2)
 
@@ -110,7 +114,7 @@ def test_the_difference_is_told_from_the_view_of_the_longer_prompt(tmp_path):
 def test_without_scores_of_train_rows_lengths_are_compared_on_validation_rows(tmp_path):
     result = assessed(tmp_path, lengths(72, 70))
     assert result.train is None
-    assert result.verdict.startswith(
+    assert words_of(result).startswith(
         "20 virtual tokens (long) are not significantly better than 5 (short) on the validation "
         "rows: +2.0 points"
     )
@@ -118,10 +122,10 @@ def test_without_scores_of_train_rows_lengths_are_compared_on_validation_rows(tm
 
 def test_a_shorter_prompt_may_be_worse_by_a_standard_error_without_significance(tmp_path):
     result = assessed(tmp_path, lengths(74, 69), {"long": 80, "short": 79})
-    assert "fit 100 train rows no better than 5 (short): +1.0 points" in result.verdict
+    assert "fit 100 train rows no better than 5 (short): +1.0 points" in words_of(result)
     assert (
         "Take 20 (long): the shorter one is worse by more than one standard error."
-    ) in result.verdict
+    ) in words_of(result)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +142,8 @@ def test_the_score_on_shifted_rows_is_compared_with_that_of_the_best_baseline(
     no_prompt = {"validation_accuracy": 0.5, "shifted_validation_accuracy": 0.45}
     prompts = {"p": {"right": 72, "shifted": shifted}}
     result = assessed(tmp_path, prompts, no_prompt=no_prompt)
-    assert words in result.verdict
-    assert result.verdict.endswith("; the best baseline there: -5.0 points.")
+    assert words in words_of(result)
+    assert words_of(result).endswith("; the best baseline there: -5.0 points.")
 
 
 def test_the_spread_between_seeds_is_that_of_prompts_with_equal_settings(tmp_path):

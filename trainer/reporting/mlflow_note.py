@@ -83,7 +83,7 @@ def note(tables: list[TaskTable], evaluation: Evaluation | None = None) -> str:
         subject = f"**{table.task}**: " if len(tables) > 1 else ""
         lines += [_cell(subject + table.verdict, 600), ""]
         if table.overfitting and table.overfitting.verdict:
-            lines += [_cell(table.overfitting.verdict, 900), ""]
+            lines += [_cell(" ".join(table.overfitting.verdict), 900), ""]
     for table in tables:
         lines += [f"#### Task {table.task}", "", f"| {' | '.join(['prompt', *table.titles])} |"]
         lines += ["|---|" + "---:|" * len(table.columns)]

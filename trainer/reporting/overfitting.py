@@ -66,7 +66,7 @@ def assess(
                 "length_on_train": _change(on_train),
             }
         )
-    verdict = " ".join(filter(None, _Sentences(table, result, best, other).all()))
+    verdict = [text for text in _Sentences(table, result, best, other).all() if text]
     return result.model_copy(update={"verdict": verdict})
 
 

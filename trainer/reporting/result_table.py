@@ -125,6 +125,12 @@ class TaskTable:
         return next((row for row in self.baselines if row.best), None)
 
     @property
+    def scores_by_prompt(self) -> dict[str, float]:
+        """Validation score of every ranked prompt in the task's metric."""
+        key = f"validation_{self.metric}"
+        return {row.name: row.scores[key] for row in self.prompts if row.ranked}
+
+    @property
     def titles(self) -> list[str]:
         return [column_title(column) for column in self.columns]
 
@@ -148,6 +154,21 @@ class TaskTable:
     def cell(self, row: ResultRow, column: str) -> str:
         """Format a score with its 95% interval, or a dash."""
         return score_text(row.shown, column, self.num_rows)
+
+    @property
+    def headline(self) -> str:
+        """Which prompt to take, in a few words."""
+        prompt, baseline = self.best_prompt, self.best_baseline
+        if prompt is None:
+            return "No prompt can be recommended"
+        advised = self.overfitting.take if self.overfitting else prompt.name
+        compared = self.comparison
+        if compared is not None and not compared.better and baseline is not None:
+            if not compared.also_better:
+                return f"No prompt is significantly better than {baseline.short_label}"
+            advised = compared.also_better[0]
+        tokens = next(row.num_virtual_tokens for row in self.prompts if row.name == advised)
+        return f"Take {advised} ({tokens} virtual tokens)"
 
     @property
     def verdict(self) -> str:

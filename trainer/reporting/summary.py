@@ -190,7 +190,7 @@ class Overfitting(_Model):
         shift: score on the shifted validation rows minus that on the validation rows.
         baseline_shift: the same of the best baseline.
         take: the prompt to use: ``prompt``, or a shorter one within one standard error.
-        verdict: the above in words.
+        verdict: the above in words, in sentences.
     """
 
     prompt: str
@@ -202,7 +202,7 @@ class Overfitting(_Model):
     baseline_shift: Change | None = None
     seeds: SeedSpread | None = None
     take: str
-    verdict: str = ""
+    verdict: list[str] = []
 
 
 class Throughput(_Model):

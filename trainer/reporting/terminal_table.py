@@ -57,7 +57,7 @@ def show_results(summary: RunSummary, config: RunConfig, console: Console) -> No
         if table.advice:
             console.paragraph(table.advice)
         if table.overfitting and table.overfitting.verdict:
-            console.paragraph(table.overfitting.verdict)
+            console.paragraph(" ".join(table.overfitting.verdict))
     console.print()
     diverged = [row.name for table in tables for row in table.prompts if row.diverged]
     if diverged:

@@ -22,6 +22,8 @@ from trainer.tracking.run_files import RunFiles, mapping, mappings, named
 MAX_KEY, MAX_PARAM, MAX_TAG, MAX_DIGEST = 250, 6000, 5000, 12
 #: Settings that are not params of the parent run; tasks are added by name, prompts have own runs.
 NOT_PARAMS = ("output_dir", "tracking", "prompts", "tasks")
+#: Folder of the report's plots as PNG.
+PLOTS = "plots"
 ADAPTER_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 
 
@@ -146,6 +148,9 @@ class RunMetadata(RunFiles):
                 is_unique = prompt is not None or baselines[path.name] == 1
                 text = path.name if is_unique else relative.as_posix()
                 artifacts.append(Artifact(prompt, path, relative.parent.as_posix(), text))
+        for path in sorted((self.path / PLOTS).glob("*.png")):
+            if self.file(f"{PLOTS}/{path.name}"):
+                artifacts.append(Artifact(None, path, PLOTS))
         return artifacts
 
     def _texts(self, *names: str) -> list[Artifact]:

@@ -1,8 +1,11 @@
 """``report.html``: one page about a run, in one file, readable without a network.
 
 1. ``collect`` reads the output folder -> ``Report`` with a ``TaskReport`` per task; uses
-   ``run_warnings`` (warnings), ``plots`` (SVG) and ``prediction_views`` (confusions, examples)
-2. ``write_report`` renders ``template.html.j2`` with it -> ``OUTPUT_DIR/report.html``
+   ``run_warnings`` (warnings), ``plots`` (SVG and PNG), ``sweep_grids`` (length by learning rate),
+   ``paired_rows`` (differences to the best prompt), ``prediction_views`` (confusions, examples) and
+   ``inspection_view`` (virtual tokens and controls)
+2. ``write_report`` renders ``template.html.j2`` with it -> ``OUTPUT_DIR/report.html``, and writes
+   the plots for MLflow -> ``OUTPUT_DIR/plots/*.png``
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from pathlib import Path
 
 import jinja2
 
-from trainer.evaluation.score_format import is_loss
+from trainer.evaluation.score_format import is_loss, score_interval
 from trainer.reporting import evaluation
 from trainer.reporting.summary import SUMMARY_FILE
 from trainer.runtime import atomic_io
 from trainer.runtime.redact import redact
+from trainer.tracking.run_metadata import PLOTS
 
 __all__ = ["write_missing_report", "write_report"]
 
@@ -25,8 +29,8 @@ def write_report(output_dir: Path | str) -> Path:
     """Write ``OUTPUT_DIR/report.html``.
 
     Reads ``summary.json``, ``metrics.jsonl``, ``run.yaml``, ``environment.json``,
-    ``datasets.json``, ``evaluation.json`` and ``predictions/`` there; sections of missing files are
-    left out.
+    ``datasets.json``, ``evaluation.json``, ``inspection.json`` and ``predictions/`` there; sections
+    of missing files are left out.
 
     Raises:
         BadInput: a newer version wrote ``summary.json``.
@@ -42,7 +46,14 @@ def write_report(output_dir: Path | str) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     template = environment.get_template("template.html.j2")
-    html = template.render(report=collect(output_dir), is_loss=is_loss, evaluation=evaluation)
+    report = collect(output_dir)
+    html = template.render(
+        report=report, is_loss=is_loss, score_interval=score_interval, evaluation=evaluation
+    )
+    for plot in report.plots:
+        path = output_dir / PLOTS / f"{plot.name}.png"
+        path.parent.mkdir(exist_ok=True)
+        atomic_io.write(path, plot.png)
     path = output_dir / "report.html"
     atomic_io.write(path, redact(html))
     return path

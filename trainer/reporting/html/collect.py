@@ -12,11 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Prompt, RunConfig, load_output
+from trainer.evaluation.lint.instructions import instructions_of
+from trainer.evaluation.lint.rules import Finding, lint
 from trainer.evaluation.prediction_files import HAND_WRITTEN, NO_PROMPT
+from trainer.reporting.costs import Fact, cost_facts, cost_sentence
 from trainer.reporting.evaluation import TaskEvaluation, load_evaluation
-from trainer.reporting.html.plots import COLORS, Curve, curves_svg, sparkline_svg
+from trainer.reporting.html.inspection_view import InspectionView, inspection_view
+from trainer.reporting.html.paired_rows import PairedRow, paired_rows
+from trainer.reporting.html.plots import (
+    COLORS,
+    OTHERS,
+    Curve,
+    Plot,
+    curve_plots,
+    grid_plot,
+    similarity_plot,
+    speed_plot,
+)
 from trainer.reporting.html.prediction_views import PredictionReport, prediction_report
 from trainer.reporting.html.run_warnings import DataSplit, data_splits, run_warnings
+from trainer.reporting.html.sweep_grids import sweep_grids
+from trainer.reporting.inspection import Inspection, load_inspection
 from trainer.reporting.result_table import TaskTable, stopped_early, task_tables
 from trainer.reporting.summary import PromptResult, RunSummary, load_summary
 from trainer.runtime.errors import BadInput
@@ -34,16 +50,41 @@ class TaskReport:
 
     Attributes:
         colors: color of every prompt whose curves are drawn, by name.
+        curves: plots by ``step`` and by ``useful_tokens``.
+        grids: scores of a sweep over length and learning rate.
+        paired: differences to the best prompt, from predictions; empty if ``evaluation`` has them.
         predictions: of the best prompt on the validation rows.
         evaluation: results of ``promptshard evaluate``; None if it was not run.
+        inspections: of the task's prompts, the best one first.
+        lint: findings in the task's hand-written texts.
     """
 
     table: TaskTable
     colors: dict[str, str]
     details: dict[str, str]
-    plots: dict[str, str]
+    curves: dict[str, list[Plot]]
+    grids: list[Plot]
+    paired: list[PairedRow]
     predictions: PredictionReport | None
-    evaluation: TaskEvaluation | None = None
+    evaluation: TaskEvaluation | None
+    inspections: list[InspectionView]
+    lint: list[LintedText]
+
+    @property
+    def verdict(self) -> list[str]:
+        """Sentences on which prompt to take, and why."""
+        table = self.table
+        overfitting = table.overfitting.verdict if table.overfitting else []
+        return [text for text in (table.verdict, table.advice, *overfitting) if text]
+
+
+@dataclass(frozen=True)
+class LintedText:
+    """A hand-written text and the findings of the rules for instructions."""
+
+    place: str
+    text: str
+    findings: list[Finding]
 
 
 @dataclass
@@ -52,7 +93,9 @@ class Report:
 
     Attributes:
         time: seconds of the run by phase, as text.
-        throughput: SVG of useful tokens per second.
+        speed: plot of useful tokens per second.
+        similarity: map of the cosines between prompts.
+        remark: how to read the inspection of virtual tokens.
         commands: title and command of every suggested next step.
     """
 
@@ -60,15 +103,30 @@ class Report:
     status: str
     ended: str
     lead: str
-    facts: list[tuple[str, str]]
+    cost: str
+    facts: list[Fact]
     time: str
     warnings: list[str]
     tasks: list[TaskReport]
-    throughput: str
+    speed: Plot | None
+    similarity: Plot | None
+    remark: str
     data: list[DataSplit]
     environment: list[tuple[str, str]]
     settings: str
     commands: list[tuple[str, str]]
+
+    @property
+    def plots(self) -> list[Plot]:
+        """All plots that have a PNG copy."""
+        of_tasks = [
+            plot
+            for task in self.tasks
+            for plots in (*task.curves.values(), task.grids)
+            for plot in plots
+        ]
+        of_run = [plot for plot in (self.speed, self.similarity) if plot is not None]
+        return [plot for plot in (*of_tasks, *of_run) if plot.png]
 
 
 def collect(output_dir: Path) -> Report:
@@ -88,27 +146,25 @@ def collect(output_dir: Path) -> Report:
         if line is not None:
             lines[line.prompt].append(line)
     data = data_splits(output_dir, results)
-    tables = task_tables(config, summary) if config else []
-    tasks = [_task_report(output_dir, table, config, results, lines) for table in tables if config]
-    if (evaluation := load_evaluation(output_dir)) is not None:
-        for task in tasks:
-            task.evaluation = evaluation.tasks.get(task.table.task)
+    inspection, tasks = load_inspection(output_dir), []
+    if config is not None:
+        sources = _Sources(output_dir, config, results, lines, inspection)
+        tasks = [sources.task_report(table) for table in task_tables(config, summary)]
     ended = max((line.time for group in lines.values() for line in group), default=None)
-    speeds = [
-        (line.step, line.metrics["useful_tokens_per_second"])
-        for line in lines[None]
-        if "useful_tokens_per_second" in line.metrics
-    ]
+    tokens = max((line.useful_tokens or 0 for line in lines[None]), default=0)
     return Report(
         title=output_dir.resolve().name,
         status=summary.status if summary else "unfinished",
         ended="" if ended is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(ended)),
         lead=_lead(config, results.world_size) if config else "",
-        facts=_facts(results, lines[None]),
+        cost=cost_sentence(results),
+        facts=cost_facts(results, tokens),
         time=breakdown(results.time) if results.time else "",
-        warnings=run_warnings(summary, data, tables),
+        warnings=run_warnings(summary, data),
         tasks=tasks,
-        throughput=sparkline_svg(speeds) if len(speeds) > 1 else "",
+        speed=_speed(lines[None]),
+        similarity=_similarity(inspection),
+        remark=inspection.remark if inspection else "",
         data=data,
         environment=_environment(output_dir, results),
         settings=settings,
@@ -116,35 +172,86 @@ def collect(output_dir: Path) -> Report:
     )
 
 
-def _task_report(
-    output_dir: Path,
-    table: TaskTable,
-    config: RunConfig,
-    results: RunSummary,
-    lines: Mapping[str | None, Sequence[Line]],
-) -> TaskReport:
-    details = {
-        prompt.name: _detail(prompt, results.prompts.get(prompt.name, PromptResult()))
-        for prompt in config.prompts
-        if prompt.task == table.task
-    }
-    colors = {row.name: color for row, color in zip(table.prompts, COLORS, strict=False)}
-    curves = [Curve(name, color, lines.get(name, ())) for name, color in colors.items()]
-    distilled = [row.teacher is not None for row in table.prompts]
-    plots = {}
-    if any(curve.lines for curve in curves):
+@dataclass(frozen=True)
+class _Sources:
+    """Everything that the sections of the tasks are made from."""
+
+    output_dir: Path
+    config: RunConfig
+    results: RunSummary
+    lines: Mapping[str | None, Sequence[Line]]
+    inspection: Inspection | None
+
+    def task_report(self, table: TaskTable) -> TaskReport:
+        config, results, best = self.config, self.results, table.best_prompt
+        details = {
+            prompt.name: _detail(prompt, results.prompts.get(prompt.name, PromptResult()))
+            for prompt in config.prompts
+            if prompt.task == table.task
+        }
+        evaluation = load_evaluation(self.output_dir)
+        of_task = evaluation.tasks.get(table.task) if evaluation else None
+        choices, predictions = config.task(table.task).choices or [], None
+        if best is not None:
+            predictions = prediction_report(self.output_dir, best.name, choices, table.metric)
+        return TaskReport(
+            table=table,
+            colors={row.name: c for row, c in zip(table.prompts, COLORS, strict=False)},
+            details=details,
+            curves=self._curves(table),
+            grids=[
+                grid_plot(f"{table.task}-sweep-{i}", grid)
+                for i, grid in enumerate(sweep_grids(config, table), 1)
+            ],
+            paired=[] if of_task else paired_rows(self.output_dir, table),
+            predictions=predictions,
+            evaluation=of_task,
+            inspections=self._inspections(table),
+            lint=_lint(config, table.task),
+        )
+
+    def _curves(self, table: TaskTable) -> dict[str, list[Plot]]:
+        colors = [*COLORS, *[OTHERS] * len(table.prompts)]
+        curves = [
+            Curve(row.name, color, self.lines.get(row.name, ()))
+            for row, color in zip(table.prompts, colors, strict=False)
+        ]
+        if not any(curve.lines for curve in curves):
+            return {}
+        distilled = [row.teacher is not None for row in table.prompts]
         title = "loss per target token"
         if any(distilled):
             title = "KL divergence per target token" + ("" if all(distilled) else ", or loss")
         levels = _levels(table)
-        plots = {
-            x: curves_svg(curves, table.metric, levels, x, title) for x in ("step", "useful_tokens")
+        return {
+            x: curve_plots(table.task, curves, table.metric, levels, x, title)
+            for x in ("step", "useful_tokens")
         }
-    choices, best = config.task(table.task).choices or [], table.best_prompt
-    predictions = None
-    if best is not None:
-        predictions = prediction_report(output_dir, best.name, choices, table.metric)
-    return TaskReport(table, colors, details, plots, predictions)
+
+    def _inspections(self, table: TaskTable) -> list[InspectionView]:
+        inspected = self.inspection.prompts if self.inspection else {}
+        names = [row.name for row in table.prompts if row.name in inspected]
+        return [inspection_view(name, inspected[name]) for name in names]
+
+
+def _lint(config: RunConfig, task: str) -> list[LintedText]:
+    """Return the hand-written texts of a task that have findings."""
+    texts = [each for each in instructions_of(config) if each.task == task]
+    linted = [LintedText(each.place, each.text, lint(each.text, each.words)) for each in texts]
+    return [each for each in linted if each.findings]
+
+
+def _speed(lines: Sequence[Line]) -> Plot | None:
+    name = "useful_tokens_per_second"
+    speeds = [(line.step, line.metrics[name]) for line in lines if name in line.metrics]
+    return speed_plot(speeds) if len(speeds) > 1 else None
+
+
+def _similarity(inspection: Inspection | None) -> Plot | None:
+    if inspection is None or len(inspection.similarity.prompts) < 2:
+        return None
+    similarity = inspection.similarity
+    return similarity_plot("prompt-similarity", similarity.prompts, similarity.cosine)
 
 
 def _levels(table: TaskTable) -> dict[str, float]:
@@ -156,25 +263,6 @@ def _levels(table: TaskTable) -> dict[str, float]:
         for row in table.baselines
         if column in row.shown and (row.best or row.name == NO_PROMPT)
     }
-
-
-def _facts(summary: RunSummary, lines: Sequence[Line]) -> list[tuple[str, str]]:
-    memory, waited = summary.memory, summary.throughput.data_wait_share
-    speed = summary.throughput.useful_tokens_per_second
-    tokens = max((line.useful_tokens or 0 for line in lines), default=0)
-    facts = [
-        ("steps", summary.steps),
-        ("useful tokens", f"{tokens:,}" if tokens else None),
-        ("useful tokens/s", f"{speed:,.0f}" if speed else None),
-        ("data-loading wait", f"{waited:.1%}" if waited is not None else None),
-        ("ranks", summary.world_size),
-        ("base per rank", _size(memory.base_bytes_per_rank)),
-        ("peak memory (RSS)", _size(memory.peak_rss_bytes)),
-        ("peak GPU memory", _size(memory.peak_gpu_bytes)),
-        ("all-gather volume / step", _size(summary.communication.gathered_bytes_per_step)),
-        ("base load time", f"{summary.load.seconds:.1f} s" if summary.load.seconds else None),
-    ]
-    return [(name, str(value)) for name, value in facts if value is not None]
 
 
 def _environment(output_dir: Path, summary: RunSummary) -> list[tuple[str, str]]:
@@ -232,16 +320,6 @@ def _detail(prompt: Prompt, result: PromptResult) -> str:
         stopped_early(result),
     ]
     return " · ".join(filter(None, details))
-
-
-def _size(count: float | None) -> str | None:
-    if count is None:
-        return None
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _count(count: int, noun: str) -> str:

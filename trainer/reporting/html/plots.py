@@ -1,4 +1,4 @@
-"""Plot curves as inline SVG. Text and axes use the page's color, so dark mode works."""
+"""Draw plots: inline SVG for the page, with its text color, and PNG copies for MLflow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from matplotlib import rc_context
@@ -17,10 +18,14 @@ from trainer.tracking.metrics_log import Line
 
 #: One color per prompt, in order of rank; distinguishable with color blindness.
 COLORS = (
-    "#2f6fde", "#e0791b", "#1e9e77", "#c2418c", "#8a6fd1", "#b08a00", "#3aa6c9", "#7a7a7a",
+    "#2f6fde", "#e0791b", "#1e9e77", "#c2418c", "#8a6fd1", "#b08a00", "#3aa6c9", "#d1495b",
 )  # fmt: skip
+#: Color of the prompts after these.
+OTHERS = "#8a8f98"
 INK = "#010203"  # placeholder for the page's text color
 MOST_POINTS = 400
+#: Number of prompts up to which a plot has the train and shifted curves of all, not of the best.
+FEW = 3
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "promptshard",  # equal plots have equal bytes
@@ -43,6 +48,17 @@ LINES: dict[str, dict[str, Any]] = {
     "validation": {"linewidth": 1.8, "marker": "o", "markersize": 3},
     "shifted_validation": {"linewidth": 1.2, "linestyle": (0, (4, 2))},
 }
+#: Style of the prompts that have no color of their own: only their validation is drawn.
+THIN: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.45, "zorder": 1}
+
+
+@dataclass
+class Plot:
+    """A plot: ``svg`` for the page; ``png`` under a file name for MLflow."""
+
+    name: str
+    svg: str
+    png: bytes
 
 
 @dataclass
@@ -66,39 +82,106 @@ class Curve:
         return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def curves_svg(
-    curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str, title: str
-) -> str:
-    """Plot the loss and, in a second panel, the task's metric unless it is the loss.
+@dataclass(frozen=True)
+class Grid:
+    """Scores by two settings; ``texts`` and ``values`` [row][column], NaN: there is no prompt.
+
+    Attributes:
+        best: row and column of the best prompt.
+        lower_is_better: the darkest cell has the lowest value.
+    """
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    row_title: str
+    column_title: str
+    values: Sequence[Sequence[float]]
+    texts: Sequence[Sequence[str]]
+    best: tuple[int, int] | None = None
+    lower_is_better: bool = False
+
+
+def curve_plots(
+    name: str, curves: Sequence[Curve], metric: str, levels: dict[str, float], x: str, title: str
+) -> list[Plot]:
+    """Plot the loss and, in a second plot, the task's metric unless it is the loss.
 
     Args:
         levels: scores in ``validation_<metric>`` to draw as level lines, by name.
         x: ``step`` or ``useful_tokens``.
     """
     panels = {"loss": title, metric: title if metric == "loss" else metric.replace("_", " ")}
-    with rc_context(STYLE):
-        figure = Figure(figsize=(5.1 * len(panels), 3.0), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, (panel, panel_title) in zip(axes, panels.items(), strict=True):
+    plots = []
+    for panel, panel_title in panels.items():
+        with rc_context(STYLE):
+            figure = Figure(figsize=(5.1, 3.0), layout="constrained")
+            ax = figure.subplots()
             ax.set_title(panel_title, loc="left", fontsize=10)
-            for curve in curves:
-                for name, style in LINES.items():
-                    if name != "train" or panel == "loss":
-                        points = curve.points(f"{name}_{panel}", x)
-                        ax.plot(*points, color=curve.color, **style)
-            if panel == "loss":
-                ax.set_ylim(bottom=0)
-            else:
-                ax.set_ylim(0, 1.02)
-                ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            _draw_curves(ax, curves, panel, x)
             if panel == metric:
                 _draw_levels(ax, levels)
             _style_axes(ax, "step" if x == "step" else "useful tokens read by the prompt", 6)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        return _svg(figure)
+            label = f"{panel_title} of {len(curves)} prompts by {x.replace('_', ' ')}"
+            plots.append(_plot(f"{name}-{panel}", figure, label, png=x == "step"))
+    return plots
 
 
-def sparkline_svg(points: Sequence[tuple[int, float]]) -> str:
+def grid_plot(name: str, grid: Grid) -> Plot:
+    """Draw scores by two settings as a map; the best one has a frame."""
+    height = 1.1 + 0.36 * len(grid.rows)
+    width = min(10.0, max(3.6, 1.6 + 0.85 * len(grid.columns)))
+    finite = [v for row in grid.values for v in row if math.isfinite(v)]
+    low, high = min(finite), max(finite)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        ax = figure.subplots()
+        ax.set_title(grid.title, loc="left", fontsize=10)
+        colors = "Blues_r" if grid.lower_is_better else "Blues"
+        span = (high - low) or 1.0
+        ends = (low, high + 0.4 * span) if grid.lower_is_better else (low - 0.4 * span, high)
+        ax.pcolormesh(
+            [list(row) for row in grid.values], cmap=colors, vmin=ends[0], vmax=ends[1], lw=0
+        )
+        for i, row in enumerate(grid.values):
+            for j, value in enumerate(row):
+                if math.isfinite(value):
+                    depth = (value - low) / span
+                    is_dark = (1 - depth if grid.lower_is_better else depth) > 0.45
+                    color = "#ffffff" if is_dark else "#10151c"
+                    ax.text(j + 0.5, i + 0.5, grid.texts[i][j], ha="center", va="center",
+                            fontsize=8.5, color=color)  # fmt: skip
+        if grid.best is not None:
+            i, j = grid.best
+            xs, ys = (j, j + 1, j + 1, j, j), (i, i, i + 1, i + 1, i)
+            ax.plot(xs, ys, color=COLORS[1], linewidth=2, clip_on=False)
+        ax.set_xticks([j + 0.5 for j in range(len(grid.columns))], grid.columns)
+        ax.set_yticks([i + 0.5 for i in range(len(grid.rows))], grid.rows)
+        ax.tick_params(length=0)
+        ax.set_xlabel(grid.column_title)
+        ax.set_ylabel(grid.row_title)
+        return _plot(name, figure, f"{grid.title} by {grid.row_title} and {grid.column_title}")
+
+
+def similarity_plot(name: str, labels: Sequence[str], values: Sequence[Sequence[float]]) -> Plot:
+    """Draw the cosines between prompts as a map."""
+    side = min(9.0, 2.6 + 0.22 * len(labels))
+    with rc_context(STYLE | {"font.size": 9.5 if len(labels) <= 24 else 7}):
+        figure = Figure(figsize=(side, side * 0.86), layout="constrained")
+        ax = figure.subplots()
+        image = ax.pcolormesh([list(row) for row in values], cmap="RdBu_r", vmin=-1, vmax=1, lw=0)
+        shown = [text if len(text) <= 24 else f"{text[:11]}…{text[-12:]}" for text in labels]
+        places = [i + 0.5 for i in range(len(labels))]
+        ax.set_xticks(places, shown, rotation=90)
+        ax.set_yticks(places, shown)
+        ax.invert_yaxis()
+        ax.tick_params(length=0)
+        figure.colorbar(image, ax=ax, shrink=0.7, label="cosine")
+        return _plot(name, figure, f"cosines between {len(labels)} prompts")
+
+
+def speed_plot(points: Sequence[tuple[int, float]]) -> Plot:
     """Plot useful tokens per second by step."""
     points = points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
     with rc_context(STYLE):
@@ -109,7 +192,24 @@ def sparkline_svg(points: Sequence[tuple[int, float]]) -> str:
         ax.yaxis.set_major_locator(MaxNLocator(3))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         _style_axes(ax, "step", 8)
-        return _svg(figure)
+        return _plot("useful_tokens_per_second", figure, "useful tokens per second by step")
+
+
+def _draw_curves(ax: Axes, curves: Sequence[Curve], panel: str, x: str) -> None:
+    """Draw all kinds of curves of a few prompts; of many, only the validation of the others."""
+    for i, curve in enumerate(curves):
+        for name, style in LINES.items():
+            if name != "validation" and i > 0 and len(curves) > FEW:
+                continue
+            if name == "train" and panel != "loss":
+                continue
+            drawn = THIN if curve.color == OTHERS else style
+            ax.plot(*curve.points(f"{name}_{panel}", x), color=curve.color, **drawn)
+    if panel == "loss":
+        ax.set_ylim(bottom=0)
+    else:
+        ax.set_ylim(0, 1.02)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _style_axes(ax: Axes, label: str, ticks: int) -> None:
@@ -141,8 +241,14 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+def _plot(name: str, figure: Figure, label: str, *, png: bool = True) -> Plot:
+    """Render a figure; ``label`` describes it to screen readers."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    image = io.BytesIO()
+    if png:
+        figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
+    return Plot(name, svg, image.getvalue())

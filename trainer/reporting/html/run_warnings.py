@@ -7,13 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from trainer.reporting.result_table import ResultRow, TaskTable
 from trainer.reporting.summary import RowCounts, RunSummary
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json
-
-#: Drop from validation to OOD validation scores that causes a warning.
-WIDE_GAP = 0.10
 
 
 class DataSplit(BaseModel):
@@ -45,9 +41,7 @@ def data_splits(output_dir: Path, summary: RunSummary) -> list[DataSplit]:
     return splits
 
 
-def run_warnings(
-    summary: RunSummary | None, data: Sequence[DataSplit], tables: Sequence[TaskTable]
-) -> list[str]:
+def run_warnings(summary: RunSummary | None, data: Sequence[DataSplit]) -> list[str]:
     """Return warnings about a run and its data, one sentence each."""
     warnings = []
     if summary is None:
@@ -64,8 +58,6 @@ def run_warnings(
             )
         if result.skipped_updates:
             warnings.append(f"{name}: {result.skipped_updates} non-finite updates were skipped.")
-    for table in tables:
-        warnings += [warning for row in table.prompts for warning in _gap_warnings(table, row)]
     return warnings
 
 
@@ -86,15 +78,3 @@ def _data_warnings(split: DataSplit) -> list[str]:
         if count:
             warnings.append(f"{split.task} {title}: {count}{of} rows were {reason}.")
     return warnings
-
-
-def _gap_warnings(table: TaskTable, row: ResultRow) -> list[str]:
-    inside = row.scores.get(f"validation_{table.metric}")
-    outside = row.scores.get(f"shifted_validation_{table.metric}")
-    if table.metric == "loss" or inside is None or outside is None or inside - outside < WIDE_GAP:
-        return []
-    return [
-        f"{row.label}: {outside:.1%} on OOD validation rows but {inside:.1%} on validation rows; "
-        "it may have overfitted to the training context. Fewer virtual tokens, fewer steps or more "
-        "varied training rows may help."
-    ]

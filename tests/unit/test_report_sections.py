@@ -1,0 +1,151 @@
+"""Sections of the report: sweeps, differences, inspection, lint, many prompts, PNG copies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.unit.run_folder import finished_run, small_config
+from trainer.evaluation.prediction_files import baseline_file, path_of
+from trainer.reporting.html import write_report
+from trainer.reporting.html.collect import collect
+from trainer.reporting.html.inspection_view import inspection_view
+from trainer.reporting.html.paired_rows import paired_rows
+from trainer.reporting.html.sweep_grids import sweep_grids
+from trainer.reporting.inspection import PromptInspection
+from trainer.reporting.result_table import TaskTable, task_tables
+from trainer.reporting.summary import RunSummary
+from trainer.tracking.run_metadata import RunMetadata
+
+PNG = b"\x89PNG"
+
+
+def table_of(prompts: dict[str, float], settings: list[dict[str, Any]]) -> TaskTable:
+    scores = {name: {"validation_accuracy": score} for name, score in prompts.items()}
+    task = {"no_prompt": {"validation_accuracy": 0.3}, "rows": {"validation": 10}}
+    summary = RunSummary.model_validate(
+        {"status": "finished", "prompts": scores, "tasks": {"t": task}}
+    )
+    return task_tables(small_config("accuracy", settings), summary)[0]
+
+
+def test_a_sweep_is_a_grid_of_mean_scores_with_the_best_prompt_framed():
+    settings = [
+        {
+            "name": f"p{n}-{rate}-{seed}",
+            "num_virtual_tokens": n,
+            "learning_rate": rate,
+            "seed": seed,
+        }
+        for n in (5, 20)
+        for rate in (0.01, 0.1)
+        for seed in (0, 1)
+    ][:-2]
+    scores = dict(zip([s["name"] for s in settings], (0.1, 0.3, 0.5, 0.7, 0.9, 0.6), strict=True))
+    (grid,) = sweep_grids(small_config("accuracy", settings), table_of(scores, settings))
+    assert (grid.rows, grid.columns) == (["5", "20"], ["0.01", "0.1"])
+    assert grid.texts == [["20.0%", "60.0%"], ["75.0%", ""]]
+    assert grid.best == (1, 0)
+
+
+def test_two_prompts_are_no_sweep():
+    settings = [{"name": "a", "num_virtual_tokens": 5}, {"name": "b", "num_virtual_tokens": 20}]
+    table = table_of({"a": 0.5, "b": 0.6}, settings)
+    assert sweep_grids(small_config("accuracy", settings), table) == []
+
+
+def test_every_entry_is_compared_with_the_best_prompt_by_its_predictions(tmp_path):
+    def write(name: str, correct: str) -> None:
+        path = path_of(tmp_path, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = [{"row": i, "correct": c == "1"} for i, c in enumerate(correct)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    settings = [{"name": name} for name in ("best", "same", "unknown")]
+    table = table_of({"best": 0.9, "same": 0.9, "unknown": 0.2}, settings)
+    write("best", "1111111110")
+    write("same", "1111111101")
+    write(baseline_file("t", "no_prompt"), "1110000000")
+    assert [
+        (r.label, r.difference.split(" ")[0], r.outcome) for r in paired_rows(tmp_path, table)
+    ] == [
+        ("no prompt", "-60.0", "worse"),
+        ("same", "+0.0", "not significant"),
+    ]
+
+
+def test_the_inspection_shows_only_what_has_a_meaning():
+    token = {"index": 0, "nearest": [{"token": " pill", "cosine": 0.31}], "leave_one_out": 0.02}
+    token |= {"attention": [0.1, None, 0.3]}
+    controls = {"random": {"elicited": "the the", "class_rate": 0.0, "loss": 8.0}}
+    inspection = PromptInspection.model_validate(
+        {"task": "t", "tokens": [token], "elicited": "acne or pain", "class_rate": 0.25}
+        | {"controls": controls, "notes": ["other_task: one task only"]}
+    )
+    view = inspection_view("p", inspection)
+    assert view.titles == ["token", "nearest tokens, cosine", "loss without it", "attention"]
+    assert view.tokens == [["0", "' pill' 0.31", "+0.0200", "20.0%"]]
+    assert view.controls == [
+        ["this prompt", "acne or pain", "25%", "–"],
+        ["control: random", "the the", "0%", "8.0000"],
+    ]
+
+
+def test_many_prompts_of_many_tasks_are_shown_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.reporting.html.collect.curve_plots", lambda *_: [])
+    folder = finished_run(tmp_path)
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    for number in range(20):
+        name = f"sweep-{number:02d}"
+        run["prompts"].append(run["prompts"][0] | {"name": name})
+        result = summary["prompts"]["triage"]
+        summary["prompts"][name] = result | {"validation_accuracy": 0.9 - number / 100}
+    for number in range(2):
+        run["tasks"].append(run["tasks"][0] | {"name": f"more-{number}"})
+        run["prompts"].append(
+            run["prompts"][0] | {"name": f"of-{number}", "task": f"more-{number}"}
+        )
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = write_report(folder).read_text()
+    assert "<summary>12 more prompts</summary>" in html
+    assert html.count("sweep-19") >= 1
+    overview = html[html.index("<thead>") : html.index("</table>")]
+    for task in ("triage", "animals", "more-0", "more-1"):
+        assert f">{task}</a>" in overview
+    assert "Take triage (20 virtual tokens)" in overview
+    assert "No prompt can be recommended" in overview
+
+
+def test_findings_in_hand_written_texts_are_shown_with_rewrites(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.reporting.html.collect.curve_plots", lambda *_: [])
+    folder = finished_run(tmp_path)
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    run["tasks"][0]["hand_written"] = ["Please sort this note, and don't mention <names>."]
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    (text,) = [each for each in collect(folder).tasks[0].lint if "<names>" in each.text]
+    assert text.findings
+    html = write_report(folder).read_text()
+    assert "don&#39;t mention &lt;names&gt;" in html
+    assert text.findings[0].rule in html
+
+
+def test_plots_have_png_copies_for_mlflow(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path)
+    write_report(folder)
+    plots = sorted(path.name for path in (folder / "plots").iterdir())
+    assert plots == [
+        "animals-accuracy.png",
+        "animals-loss.png",
+        "triage-accuracy.png",
+        "triage-loss.png",
+        "useful_tokens_per_second.png",
+    ]
+    assert all((folder / "plots" / name).read_bytes().startswith(PNG) for name in plots)
+    artifacts = RunMetadata(folder).late_artifacts()
+    sent = {a.path.name for a in artifacts if a.folder == "plots" and a.prompt is None}
+    assert sent == set(plots)
