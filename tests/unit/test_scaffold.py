@@ -39,7 +39,8 @@ def test_copied_examples_work_inside_their_folder(tmp_path, monkeypatch):
                 assert source.path is not None
                 assert Path(source.path).is_file()
         assert Path(config.base.model, "config.json").is_file()
-    assert not [*Path().rglob("*.py"), *Path().rglob("__pycache__")]
+    assert [*Path().rglob("*.py")] == [Path("pharmacy/rows.py")], "a step of its document"
+    assert not [*Path().rglob("__pycache__")]
 
 
 def test_examples_needs_a_new_or_empty_folder(tmp_path):
