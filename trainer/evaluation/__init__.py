@@ -10,4 +10,5 @@
 6. ``prediction_records``: ``Scored`` -> one record per row, written to ``predictions/``;
    ``prediction_files`` names and reads these files
 7. ``selection``: the best prompt of a task
+8. ``inspection``: measurements of single virtual tokens
 """

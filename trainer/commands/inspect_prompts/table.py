@@ -225,8 +225,8 @@ def pruned_text(name: str, pruned: PrunedPrompt) -> str:
     """Describe the result of ``--prune`` in sentences."""
     if not pruned.dropped:
         return (
-            f"{name}: nothing pruned: on {pruned.chosen_on} rows, the loss rises without any of "
-            "its virtual tokens"
+            f"{name}: nothing pruned: on {pruned.chosen_on} rows, the loss rises when any one of "
+            "its virtual tokens is left out"
         )
     low, high = pruned.difference_low, pruned.difference_high
     scores = ""
