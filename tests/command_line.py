@@ -7,6 +7,7 @@ Starting Python and importing takes longer than most commands. In tests/unit/tes
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 import os
 import subprocess
@@ -19,7 +20,7 @@ from unittest.mock import patch
 
 import pytest
 
-from launch import __main__ as program
+from launch import __main__ as command_line
 from launch import messages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def promptshard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         stack.enter_context(redirect_stdout(stdout))
         stack.enter_context(redirect_stderr(stderr))
         ended = stack.enter_context(pytest.raises(SystemExit))
-        program._run()
+        command_line._run()
     code = int(ended.value.code or 0)
     return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
@@ -46,5 +47,8 @@ def promptshard(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def _run_here(module: str, arguments: Sequence[str], *_: Any, imports: str = "") -> int:
     """``run_alone`` without a process."""
     messages.note(f"importing {imports or 'torch and transformers'}")
-    code: int = importlib.import_module(module).main(arguments)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, module
+    program = f"{module}.__main__" if spec.submodule_search_locations else module
+    code: int = importlib.import_module(program).main(arguments)
     return code

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from launch.launcher_command import free_port
-from tests import preloaded
+from tests import command_line, preloaded
 from tests.distributed.conftest import run_module
 from tests.hub_cache import TINY, fill_cache
 from trainer.runtime import bootstrap
@@ -409,7 +409,7 @@ def test_inspect_and_validation_scores_agree(two_ranks: Path, tmp_path: Path) ->
 
     alone = tmp_path / "alone.json"
     model = yaml.safe_load((two_ranks / "run.yaml").read_text())["base"]["model"]
-    done = promptshard("inspect", model, "--base", "--json", str(alone))
+    done = command_line.promptshard("inspect", model, "--base", "--json", alone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(alone.read_text())["weights"] == inspection["weights"]
 
