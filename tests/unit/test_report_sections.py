@@ -17,7 +17,7 @@ from trainer.reporting.html.paired_rows import paired_rows
 from trainer.reporting.html.sweep_grids import sweep_grids
 from trainer.reporting.inspection import PromptInspection
 from trainer.reporting.result_table import TaskTable, task_tables
-from trainer.reporting.summary import RunSummary
+from trainer.reporting.summary import Planned, RunSummary, load_summary, save_summary
 from trainer.tracking.run_metadata import RunMetadata
 
 PNG = b"\x89PNG"
@@ -149,3 +149,43 @@ def test_plots_have_png_copies_for_mlflow(tmp_path: Path) -> None:
     artifacts = RunMetadata(folder).late_artifacts()
     sent = {a.path.name for a in artifacts if a.folder == "plots" and a.prompt is None}
     assert sent == set(plots)
+
+
+def test_measured_effects_of_rewrites_stand_beside_the_findings(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.reporting.html.collect.curve_plots", lambda *_: [])
+    folder = finished_run(tmp_path)
+    text = "Please sort this note."
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    run["tasks"][0]["hand_written"] = [text]
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    effect = {"difference": 0.021, "low": 0.003, "high": 0.039, "p_value": 0.02}
+    effect |= {"detectable_difference": 0.05, "score": 0.5}
+    finding = {"rule": "filler", "start": 0, "end": 6, "why": "Says nothing.", "rewrite": ""}
+    finding |= {"measurable": True, "effect": effect}
+    checked = {"place": "hand_written", "task": "triage", "text": text, "findings": [finding]}
+    checked |= {"metric": "accuracy", "rows": 150, "score": 0.48}
+    (folder / "lint").mkdir()
+    (folder / "lint" / "lint.json").write_text(json.dumps({"prompts": [checked]}))
+    assert "+2.1 (0.3 to 3.9)" in write_report(folder).read_text()
+
+
+def test_the_plan_stands_beside_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.reporting.html.collect.curve_plots", lambda *_: [])
+    planned = Planned(
+        seconds=90.0,
+        step_seconds=1.0,
+        useful_tokens_per_second=5100.4,
+        base_bytes_per_rank=3_400_000,
+        peak_bytes=1,
+        saved_bytes=1,
+        gathered_bytes_per_step=1e7,
+        flops_per_step=1e9,
+        load_seconds=1.5,
+    )
+    folder = finished_run(tmp_path)
+    summary = load_summary(folder)
+    assert summary is not None
+    save_summary(folder, summary.model_copy(update={"planned": planned}))
+    facts = {fact.name: fact for fact in collect(folder).facts}
+    assert (facts["useful tokens/s"].value, facts["useful tokens/s"].planned) == ("5,204", "5,100")
+    assert "planned 3.4 MB" in write_report(folder).read_text()

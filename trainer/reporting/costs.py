@@ -26,6 +26,19 @@ def cost_facts(summary: RunSummary, useful_tokens: int = 0) -> list[Fact]:
     memory, throughput = summary.memory, summary.throughput
     tokens = throughput.useful_tokens or useful_tokens
     waited, speed = throughput.data_wait_share, throughput.useful_tokens_per_second
+    plan = summary.planned
+    planned = (
+        {}
+        if plan is None
+        else {
+            "time": clock(plan.seconds),
+            "useful tokens/s": f"{plan.useful_tokens_per_second:,.0f}",
+            "base per rank": size(plan.base_bytes_per_rank),
+            "peak GPU memory": size(plan.peak_bytes),
+            "all-gather volume / step": size(plan.gathered_bytes_per_step),
+            "base load time": f"{plan.load_seconds:.1f} s",
+        }
+    )
     facts = [
         ("steps", summary.steps),
         ("time", clock(summary.time["total"]) if "total" in summary.time else None),
@@ -40,7 +53,11 @@ def cost_facts(summary: RunSummary, useful_tokens: int = 0) -> list[Fact]:
         ("all-gather volume / step", size(summary.communication.gathered_bytes_per_step)),
         ("base load time", f"{summary.load.seconds:.1f} s" if summary.load.seconds else None),
     ]
-    return [Fact(name, str(value)) for name, value in facts if value is not None]
+    return [
+        Fact(name, str(value), planned.get(name) or "")
+        for name, value in facts
+        if value is not None
+    ]
 
 
 def cost_sentence(summary: RunSummary) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.evaluation.lint.results import Effect
 from trainer.evaluation.metric_sums import LOWER_IS_BETTER
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
@@ -219,6 +220,14 @@ def format_difference(metric: str, value: float) -> str:
     if metric == "loss":
         return f"{value:+.4f}"
     return f"{value:+.2f}" if metric == "perplexity" else f"{100 * value:+.1f}"
+
+
+def effect_text(metric: str, effect: Effect | None) -> str:
+    """Format the measured effect of a rewrite: ``+2.1 (0.3 to 3.9)``."""
+    if effect is None or effect.difference is None:
+        return NONE
+    text = format_difference(metric, effect.difference)
+    return text + _interval(metric, effect.low, effect.high)
 
 
 def _interval(metric: str, low: float | None, high: float | None) -> str:

@@ -17,6 +17,7 @@ import jinja2
 
 from trainer.evaluation.score_format import is_loss, score_interval
 from trainer.reporting import evaluation
+from trainer.reporting.evaluation import effect_text
 from trainer.reporting.summary import SUMMARY_FILE
 from trainer.runtime import atomic_io
 from trainer.runtime.redact import redact
@@ -48,7 +49,11 @@ def write_report(output_dir: Path | str) -> Path:
     template = environment.get_template("template.html.j2")
     report = collect(output_dir)
     html = template.render(
-        report=report, is_loss=is_loss, score_interval=score_interval, evaluation=evaluation
+        report=report,
+        is_loss=is_loss,
+        score_interval=score_interval,
+        evaluation=evaluation,
+        effect_text=effect_text,
     )
     for plot in report.plots:
         path = output_dir / PLOTS / f"{plot.name}.png"

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from trainer.config import Prompt, RunConfig, load_output
 from trainer.evaluation.lint.instructions import instructions_of
-from trainer.evaluation.lint.rules import Finding, lint
+from trainer.evaluation.lint.results import CheckedText, LintResults, unmeasured
+from trainer.evaluation.lint.rules import lint
 from trainer.evaluation.prediction_files import HAND_WRITTEN, NO_PROMPT
 from trainer.reporting.costs import Fact, cost_facts, cost_sentence
 from trainer.reporting.evaluation import TaskEvaluation, load_evaluation
@@ -43,6 +46,9 @@ from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.progress_file import ProgressFile
 from trainer.tracking.store_uri import install_ui_hint
 
+#: Results of ``promptshard lint --measure`` in the output folder.
+MEASURED_LINT = "lint/lint.json"
+
 
 @dataclass
 class TaskReport:
@@ -68,23 +74,14 @@ class TaskReport:
     predictions: PredictionReport | None
     evaluation: TaskEvaluation | None
     inspections: list[InspectionView]
-    lint: list[LintedText]
+    lint: list[CheckedText]
 
     @property
     def verdict(self) -> list[str]:
         """Sentences on which prompt to take, and why."""
-        table = self.table
-        overfitting = table.overfitting.verdict if table.overfitting else []
-        return [text for text in (table.verdict, table.advice, *overfitting) if text]
-
-
-@dataclass(frozen=True)
-class LintedText:
-    """A hand-written text and the findings of the rules for instructions."""
-
-    place: str
-    text: str
-    findings: list[Finding]
+        table, signs = self.table, self.table.overfitting
+        advice = "" if signs and signs.length else table.advice  # the signs compare lengths
+        return [text for text in (table.verdict, advice, *(signs.verdict if signs else ())) if text]
 
 
 @dataclass
@@ -207,7 +204,7 @@ class _Sources:
             predictions=predictions,
             evaluation=of_task,
             inspections=self._inspections(table),
-            lint=_lint(config, table.task),
+            lint=_lint(self.output_dir, config, table.task),
         )
 
     def _curves(self, table: TaskTable) -> dict[str, list[Plot]]:
@@ -234,11 +231,16 @@ class _Sources:
         return [inspection_view(name, inspected[name]) for name in names]
 
 
-def _lint(config: RunConfig, task: str) -> list[LintedText]:
-    """Return the hand-written texts of a task that have findings."""
-    texts = [each for each in instructions_of(config) if each.task == task]
-    linted = [LintedText(each.place, each.text, lint(each.text, each.words)) for each in texts]
-    return [each for each in linted if each.findings]
+def _lint(output_dir: Path, config: RunConfig, task: str) -> list[CheckedText]:
+    """Return the hand-written texts of a task that have findings, with effects if measured."""
+    texts = [unmeasured(each, lint(each.text, each.words)) for each in instructions_of(config)]
+    with suppress(BadInput, ValidationError):
+        values = read_json_object(output_dir / MEASURED_LINT)
+        measured = {
+            (each.task, each.text): each for each in LintResults.model_validate(values).prompts
+        }
+        texts = [measured.get((each.task, each.text), each) for each in texts]
+    return [each for each in texts if each.task == task and each.findings]
 
 
 def _speed(lines: Sequence[Line]) -> Plot | None:
