@@ -78,10 +78,11 @@ def test_one_command_ends_with_a_table_and_a_repeated_one_skips_what_is_done(
     assert table(again.output) == table(first.output)
 
 
+@pytest.mark.timeout(1800)
 def test_the_commands_of_the_document_work_in_order(
     wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With few steps; commands that start ranks once show that they read the example's rows."""
+    """With two steps of training, and one rank."""
     monkeypatch.chdir(tmp_path)
     for name in ("examples", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
