@@ -304,9 +304,11 @@ class _TaskLoader:
                     placed.train = self._tokenize(rows, self.room, position=position).examples
                 self._record(data, "train", rows, tokenized, tokenized.skipped)
                 if self.sampled and "validation" in splits:
+                    tables = {"front": data.train}
+                    tables |= {position: placed.train for position, placed in data.placed.items()}
                     data.train_samples = {
-                        position: self._sample(rows, data.train_at(position), position)
-                        for position in ("front", *data.placed)
+                        position: self._sample(rows, table, position)
+                        for position, table in tables.items()
                     }
             else:
                 self._load_evaluation(data, split, rows)
