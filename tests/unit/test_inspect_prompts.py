@@ -167,7 +167,7 @@ def subjects(
         "triage": make_subject(triage, tasks["triage"], prompts, prompts, config, ROWS, 512),
         "single": make_subject(animals, tasks["animals"], {"animals": single}, {}, config, 6, 512),
         "prefix": make_subject(
-            animals, tasks["animals"], dict.fromkeys(CHOICES, prefix), {}, config, 16, 512
+            animals, tasks["animals"], dict.fromkeys(CHOICES, prefix), {}, config, ROWS, 512
         ),
     }
     made["triage"].checkpoints = [(20, VirtualTokens(prompts["triage"].tensor[:2]))]

@@ -28,8 +28,8 @@ from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.reporting.inspection import PrunedPrompt
 from trainer.runtime.console import Console
 
-#: Rows of a half with which an interval means something.
-FEWEST_ROWS = 8
+#: Rows of a half. With fewer, intervals are so wide that removals that hurt do not show.
+FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True)
