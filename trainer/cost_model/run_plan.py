@@ -15,11 +15,10 @@ from trainer.config import Prompt, RunConfig, parse_bytes
 from trainer.cost_model.hardware import STORAGE_RATE, Device
 from trainer.cost_model.run_needs import RunNeeds
 from trainer.cost_model.run_time import BATCH_SECONDS, GENERATION_BATCHES, phase_seconds
-from trainer.cost_model.step_cost import StepCost, step_cost
+from trainer.cost_model.step_cost import StepCost, live_bytes, step_cost
 from trainer.cost_model.step_work import step_work
 from trainer.distributed.placement import (
     AUTO_SHARE,
-    LIVE_LAYERS,
     Placement,
     place,
     sensible_groups,
@@ -34,8 +33,9 @@ from trainer.packing.run_budget import run_budget
 
 #: Copies of a prompt's parameters: values, gradient, two states of the optimizer, the best ones.
 PROMPT_COPIES = 5
-#: Memory of a process on a CPU beside these parts: libraries' buffers, freed memory.
-CPU_SLACK_BYTES = 30_000_000
+#: Memory of a process on a CPU beside these parts: buffers of libraries and freed memory. Measured
+#: by the test of the plan.
+CPU_SLACK_BYTES = 42_000_000
 #: Share of a GPU's memory for activations and gathered layers that fragments.
 FRAGMENTS = 0.05
 #: Time limit in multiples of the planned time, and the seconds added to it.
@@ -308,7 +308,10 @@ def option_bytes(
 ) -> Bytes:
     """Peak memory of a device by part."""
     group = placement.group_size
-    gathered = 0 if group == 1 else LIVE_LAYERS * needs.base.size.layer_bytes + placement.kept_bytes
+    gathered = 0
+    if group > 1:  # the head, if it is gathered, takes the place of other layers
+        total = needs.base.gathered_bytes
+        gathered = min(total, placement.kept_bytes + live_bytes(needs.base))
     activations = int(cost.tokens * memory.peak(checkpointing))
     other = CPU_SLACK_BYTES
     if not device.on_cpu:
@@ -317,7 +320,7 @@ def option_bytes(
         base_shard=needs.base.resident_bytes(group),
         gathered=gathered,
         activations=activations,
-        head=LOGITS_COPIES * memory.logits_bytes,
+        head=LOGITS_COPIES * cost.logits_bytes,
         prompts=sum(_prompt_bytes(prompt, needs) for prompt in needs.config.prompts),
         other=other,
     )

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from trainer.cost_model.base_shape import BaseShape
 from trainer.cost_model.step_work import BatchWork
-from trainer.distributed.placement import Placement
-from trainer.packing.activation_memory import BatchMemory
+from trainer.distributed.placement import LIVE_LAYERS, Placement
+from trainer.packing.activation_memory import LOGITS_BYTES, MIN_COLUMNS, BatchMemory
 
 #: FLOPs of attention per product of a query with a key and element of a head: scores and sums of
 #: values, each a multiplication and an addition; five such products in backward.
@@ -35,6 +35,7 @@ class StepCost:
         gathered_bytes: received for the base, exchanged rows included.
         exchanged_bytes: embeddings, hidden states sent to the head, or the head itself.
         saved_bytes: from forward to backward of the largest packed batch.
+        logits_bytes: of the largest slice of logits.
         tokens: of the largest packed batch.
         micro_batches: packed batches of each rank.
     """
@@ -43,6 +44,7 @@ class StepCost:
     gathered_bytes: int
     exchanged_bytes: int
     saved_bytes: int
+    logits_bytes: int
     tokens: int
     micro_batches: int
 
@@ -59,7 +61,7 @@ def step_cost(
     """Compute the cost of a step from its packed batches, ``work[rank][micro-batch]``."""
     group = placement.group_size
     parts = [work[first : first + group] for first in range(0, len(work), group)]
-    exchanged = max(_exchanged(base, placement, part, itemsize) for part in parts)
+    exchanged, shared = max(_exchanged(base, placement, part, itemsize) for part in parts)
     batches = [batch for rank in work for batch in rank]
     largest = max(batches, key=lambda batch: batch.tokens)
     layers = _gathered_layers(base, placement, len(work[0]))
@@ -69,6 +71,7 @@ def step_cost(
         gathered_bytes=layers + exchanged,
         exchanged_bytes=exchanged,
         saved_bytes=int(saved),
+        logits_bytes=_logits_bytes(base, group if shared else 1, batches),
         tokens=largest.tokens,
         micro_batches=len(work[0]),
     )
@@ -90,22 +93,39 @@ def step_flops(
 
 
 def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int) -> int:
-    """Bytes that a rank receives for layers in a step: kept ones once, others twice per batch."""
+    """Bytes that a rank receives for layers in a step: kept ones once, others twice per batch.
+
+    Layers that are live at the end of forward are not gathered again for backward.
+    """
     group, total = placement.group_size, base.gathered_bytes
     kept = min(placement.kept_bytes, total)
-    layers = base.layer_bytes()
-    # The last layer is gathered once for both directions.
-    repeated = (total - kept) * (2 - layers[-1] / max(1, sum(layers))) * micro_batches
-    return int((kept + repeated) * (group - 1) / group)
+    once = min(total - kept, live_bytes(base))
+    gathered = kept + (2 * (total - kept) - once) * micro_batches
+    return int(gathered * (group - 1) / group)
+
+
+def live_bytes(base: BaseShape) -> int:
+    """Bytes of layers that are not kept and may be gathered at a time (``Placement.policy``)."""
+    return 2 * LIVE_LAYERS * max(base.layer_bytes())
+
+
+def _logits_bytes(base: BaseShape, sharing: int, batches: Sequence[BatchWork]) -> int:
+    """fp32 bytes of a slice of logits, of the labels of all ranks that share the head."""
+    labels = max(1, sharing * max(batch.labels for batch in batches))
+    columns = max(MIN_COLUMNS, LOGITS_BYTES // (4 * labels))
+    return 4 * labels * min(columns, -(-base.vocab_size // sharing))
 
 
 def _exchanged(
     base: BaseShape, placement: Placement, work: Sequence[Sequence[BatchWork]], itemsize: int
-) -> int:
-    """Bytes that a rank of a shard group receives for embeddings and head in a step."""
+) -> tuple[int, bool]:
+    """Bytes that a rank of a shard group receives for embeddings and head in a step.
+
+    Also returns whether hidden states are exchanged instead of the head.
+    """
     group = placement.group_size
     if group == 1:
-        return 0
+        return 0, False
     others, table = group - 1, base.head.num_bytes
     keeps = placement.kept_bytes >= base.gathered_bytes + table
     of_head, spent, gathered = 0.0, 0, False
@@ -125,7 +145,7 @@ def _exchanged(
             spent += moved
             # Hidden states and their gradients, labels, and three fp32 numbers reduced twice over.
             of_head += others * labels * (2 * base.hidden * itemsize + ID_BYTES + 3 * 2 * 4)
-    return int(max(received) + of_head)
+    return int(max(received) + of_head), spent > 0
 
 
 def _looked_up(base: BaseShape, ids: Sequence[NDArray[np.int64]]) -> list[int]:

@@ -22,8 +22,10 @@ LEAST_TOKENS = 256
 USABLE_SHARE = 0.8
 #: Mean padding in buckets of attention, whose rows have at least 0.7 of the longest length.
 BUCKET_PADDING = 1.15
-#: Bytes of the fp32 logits of one slice of the vocabulary.
+#: Bytes of the fp32 logits of one slice of the vocabulary, and its fewest columns; narrower ones
+#: make the products slow.
 LOGITS_BYTES = 64 << 20
+MIN_COLUMNS = 1024
 #: Number of slices of logits that exist at a time: products, fp32 copies, probabilities.
 LOGITS_COPIES = 4
 #: Factor for small tensors of some families, such as clipped queries.

@@ -21,10 +21,7 @@ from torch.nn.functional import pad
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
 from trainer.model.layers.row_exchange import RowExchange
-from trainer.packing.activation_memory import LOGITS_BYTES
-
-#: Narrowest slice; narrower ones make the products slow.
-MIN_COLUMNS = 1024
+from trainer.packing.activation_memory import LOGITS_BYTES, MIN_COLUMNS
 
 
 @dataclass(frozen=True)
