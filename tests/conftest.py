@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
-from collections.abc import Callable, Generator, Iterator
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 CLUSTERS = ("tests/hosts/", "tests/slurm/")
 #: Unit test files by the CPU time they take, the longest first.
 SLOW_FILES = (
-    "test_learning_benchmark.py",
     "test_families.py",
     "test_other_device.py",
-    "test_generation.py",
-    "test_damaged_bases.py",
     "test_launch.py",
-    "test_tokenizer.py",
-    "test_report.py",
     "test_like_transformers.py",
+    "test_prefix_tuning.py",
+    "test_architecture.py",
+    "test_tokenizer.py",
+    "test_flex.py",
+    "test_generation.py",
+    "test_report.py",
+    "test_bank.py",
     "test_slurm.py",
 )
 #: Tests that ``make test-oldest`` runs: these files, in some of them only the tests of these
@@ -157,24 +160,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def threads_of_a_worker(request: pytest.FixtureRequest) -> None:
-    """Divide the cores among the pytest-xdist workers."""
-    workers = getattr(request.config, "workerinput", {}).get("workercount")
-    if workers:
+def one_thread() -> None:
+    """Run torch on one thread: tiny models are slower on several."""
+    if "torch" in sys.modules:  # imported by a test file
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Run a module's tests on one torch thread: tiny models are slower on several."""
-    import torch  # here, so that tests without it start at once
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

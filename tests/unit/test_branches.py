@@ -25,7 +25,6 @@ TREE = Example(
     0,
     branches=((9, 5), (12, 5), (14, 0), (18, 9)),
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_text_of_a_row_and_each_label_once():

@@ -40,8 +40,6 @@ from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny_base"
 CHOICES = ["plants", "meat", "insects"]
 TEXTS = ["A lion in the grass.", "A deer near the trees, alone.", "An anteater.", "A deer."]

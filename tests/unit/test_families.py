@@ -56,8 +56,6 @@ from trainer.runtime.errors import BadInput
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,6 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "joint": lambda: Phi3MLP(Phi3Config(**SIZES)),
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def pair(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     """A module with random frozen weights, and its fused copy."""

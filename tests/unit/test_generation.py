@@ -101,7 +101,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose ``generation_config.json`` names three end tokens."""
     folder = tmp_path_factory.mktemp("knows")
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     texts = []
     for i in range(len(ANSWERS)):

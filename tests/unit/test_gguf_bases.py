@@ -33,8 +33,6 @@ pytest.importorskip("gguf")
 
 from tests.gguf_files import ARCHITECTURES, K_QUANTS, WRITTEN, write_gguf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT = "In the other, they are thinner."
 
 

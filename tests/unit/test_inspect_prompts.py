@@ -58,8 +58,6 @@ from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualToke
 from trainer.reporting.inspection import WAYWARDNESS, Inspection, PromptInspection
 from trainer.runtime.console import Console
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BASE = Path(__file__).resolve().parents[2] / "examples" / "tiny_base"
 DATA = BASE.parent / "data"
 CHOICES = {"triage": ["metabolic", "cardiac", "other"], "animals": ["plants", "meat", "insects"]}

@@ -61,8 +61,6 @@ from trainer.runtime.errors import BadInput
 
 NEW_TOKENS = 4
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,8 +22,6 @@ from trainer.packing.packed_row import PackedRow
 from trainer.prompts.peft_adapter import FixedText, save_peft
 from trainer.prompts.soft_prompt import VirtualTokens
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PER_LAYER = ["gemma3n", "gemma4-per-layer"]
 IDS = torch.arange(7, 17)
 PROMPT = torch.randn(5, 48, generator=torch.Generator().manual_seed(4)) * 0.3

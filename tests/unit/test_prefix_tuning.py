@@ -34,8 +34,6 @@ from trainer.runtime.errors import BadInput
 
 SOME = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "bloom", "gpt_oss"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def text_past(base: PromptedBase, token_ids: Sequence[int]) -> Tensor:
     """Keys and values that the base makes of a text, [n, L, 2, A, D]."""

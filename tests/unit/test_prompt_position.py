@@ -39,8 +39,6 @@ from trainer.prompts.saved_prompts import SEGMENT, find_source
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 INPUT = "c d {virtual_tokens} e : {text}\nAnswer:"
 
 

@@ -39,8 +39,6 @@ from trainer.model.safetensors_reader import StoredTensor
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IDS = torch.randint(3, VOCAB_SIZE, (12,), generator=torch.Generator().manual_seed(3)).tolist()
 ROW = Example.with_target(tuple(IDS), 5, 0)
 

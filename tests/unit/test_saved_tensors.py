@@ -24,8 +24,6 @@ VIRTUAL = 16
 ROWS = [40, 33, 31, 30, 24, 52, 28, 29]
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def batch_of(lengths: list[int]) -> PackedBatch:
     rows = [Example.with_target(tuple(range(3, 3 + n)), n - 4, i) for i, n in enumerate(lengths)]

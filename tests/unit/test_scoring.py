@@ -29,8 +29,6 @@ from trainer.packing.packed_batch import build_packed_batch
 from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import prompt_lengths
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 EOS = 2
 #: One token; two that begin alike; one that begins with another; one longer than a window.
 TARGETS = [(7,), (9, 4), (9, 5), (9, 5, 6), tuple(range(10, 12 + WINDOW))]

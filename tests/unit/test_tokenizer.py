@@ -299,7 +299,6 @@ def bases(tmp_path_factory):
     return train
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("kind", "source", "target"),
     [
