@@ -28,11 +28,14 @@ from trainer.commands.inspect_prompts.subjects import Subject, make_subject
 from trainer.commands.inspect_prompts.table import show
 from trainer.config import RunConfig
 from trainer.data.task_data import TaskData, load_tasks
+from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.inspection import elicitation
 from trainer.evaluation.inspection.elicitation import (
     Description,
+    _read_states,
     class_rate,
+    decoder_layers,
     elicit,
     layer_choice,
 )
@@ -402,6 +405,22 @@ class TestElicitation:
                 begin = "Name it. |" if inspected.with_examples else ""
                 expected = patched(reference, tokenizer, prompt_PH, begin, inspected.layers)
                 assert inspected.text == expected
+
+    def test_states_of_a_prompt_inside_text(
+        self, evaluator: Evaluator, reference: PreTrainedModel, subjects: dict[str, Subject]
+    ) -> None:
+        """The text before the virtual tokens is read, as in training."""
+        prompt = VirtualTokens(subjects["triage"].values.tensor)
+        example = Example((5, 6, 7, 8, 9, 10), ((4, 6),), 0, prompt_at=2, prompt_end=3)
+        layers = decoder_layers(evaluator.base)[1:3]
+        (states,) = _read_states(evaluator, [prompt], [example], layers)
+        words = reference.get_input_embeddings()(torch.tensor([5, 6]))
+        inputs = torch.cat([words, prompt.tensor])[None]
+        with torch.no_grad():
+            read: Any = reference(inputs_embeds=inputs, output_hidden_states=True)
+        for layer, states_PH in zip((1, 2), states, strict=True):
+            expected_PH = read.hidden_states[layer][0, 2:]
+            torch.testing.assert_close(states_PH, expected_PH, rtol=1e-4, atol=1e-4)
 
     def test_a_text_that_does_not_fit_is_left_out(
         self, evaluator: Evaluator, subjects: dict[str, Subject]
