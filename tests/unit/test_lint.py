@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from launch.commands import app
 from trainer.evaluation.lint.finding import TaskWords
+from trainer.evaluation.lint.rewrites import apply_all
 from trainer.evaluation.lint.rules import RULES, lint
 from trainer.evaluation.lint.text import sentences
 
@@ -133,6 +134,17 @@ def test_spans_and_rewrites(text: str) -> None:
         changed = finding.apply(text)
         assert changed != text
         assert "  " not in changed.strip()
+
+
+def test_a_rewrite_at_the_start_of_a_sentence_keeps_its_capital_letter() -> None:
+    text = "It is a review. Please name the drug. In order to answer, write one word."
+    findings = [f for f in lint(text) if f.rule == "filler"]
+    assert [finding.apply(text) for finding in findings] == [
+        "It is a review. Name the drug. In order to answer, write one word.",
+        "It is a review. Please name the drug. To answer, write one word.",
+    ]
+    both = "It is a review. Name the drug. To answer, write one word."
+    assert apply_all(text, findings) == both
 
 
 def test_a_run_of_spaces_does_not_hang() -> None:

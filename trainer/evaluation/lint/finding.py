@@ -44,9 +44,18 @@ class Finding:
     rewrite: str
     measurable: bool = True
 
+    def replace(self, text: str) -> str:
+        """Replace the part; what then begins its sentence gets a capital letter."""
+        before, part, after = text[: self.start], text[self.start : self.end], text[self.end :]
+        rest = self.rewrite + after
+        begins = before.rstrip()[-1:] in {"", ".", "!", "?"} and part[:1].isupper()
+        if begins and part.lower() != self.rewrite.lower():
+            rest = rest[:1].upper() + rest[1:]
+        return before + rest
+
     def apply(self, text: str) -> str:
         """Return the instruction with the rewrite."""
-        changed = tidy(text[: self.start] + self.rewrite + text[self.end :])
+        changed = tidy(self.replace(text))
         return (
             changed
             if text[-1:] not in {"\n", " "}

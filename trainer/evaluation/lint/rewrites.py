@@ -56,7 +56,7 @@ def apply_all(text: str, findings: Iterable[Finding]) -> str:
             kept.append(finding)
     changed = text
     for finding in sorted(kept, key=lambda f: (f.start, f.end), reverse=True):
-        changed = changed[: finding.start] + finding.rewrite + changed[finding.end :]
+        changed = finding.replace(changed)
     end = text[len(text.rstrip()) :]
     return tidy(changed).rstrip() + end
 
