@@ -6,7 +6,7 @@
    ``Comparison`` with the best baseline, and ``overfitting`` the signs of ``Overfitting``
 3. ``summary`` defines ``RunSummary``, and saves and loads it as ``summary.json``
 4. ``result_table`` makes a ``TaskTable`` of every task: rows, order, columns and formatted numbers;
-   ``verdict`` describes its comparison in words; ``costs`` what the run has cost
+   ``verdict`` describes its comparison in words; ``costs`` the cost of the run
 5. ``terminal_table``, ``html`` and ``mlflow_note`` render the tables: terminal, ``report.html`` and
    ``FinalResults`` for MLflow
 6. ``run_end`` waits for the upload to MLflow, or writes the summary of a failed run

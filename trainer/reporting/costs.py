@@ -1,4 +1,4 @@
-"""What a run has cost, as text: time, tokens, traffic and memory. Imports no torch."""
+"""The cost of a run, as text: time, tokens, traffic and memory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Fact:
 
 
 def cost_facts(summary: RunSummary, useful_tokens: int = 0) -> list[Fact]:
-    """Return what a run has cost, without unknown quantities.
+    """Return the known costs of a run.
 
     Args:
         useful_tokens: of an unfinished run, from its metrics.

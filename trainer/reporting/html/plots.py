@@ -166,7 +166,7 @@ def grid_plot(name: str, grid: Grid) -> Plot:
 
 def similarity_plot(name: str, labels: Sequence[str], values: Sequence[Sequence[float]]) -> Plot:
     """Draw the cosines between prompts as a map."""
-    side = min(9.0, 2.6 + 0.22 * len(labels))
+    side = min(9.6, 3.0 + (0.34 if len(labels) <= 16 else 0.2) * len(labels))
     with rc_context(STYLE | {"font.size": 9.5 if len(labels) <= 24 else 7}):
         figure = Figure(figsize=(side, side * 0.86), layout="constrained")
         ax = figure.subplots()
