@@ -33,9 +33,9 @@ from trainer.packing.run_budget import run_budget
 
 #: Copies of a prompt's parameters: values, gradient, two states of the optimizer, the best ones.
 PROMPT_COPIES = 5
-#: Memory of a process on a CPU beside these parts: buffers of libraries and freed memory. Measured
-#: by the test of the plan.
-CPU_SLACK_BYTES = 42_000_000
+#: Memory of a process on a CPU beside these parts: buffers of libraries, and freed memory that the
+#: C library keeps, in multiples of the activations. Fitted to small bases (the test of the plan).
+CPU_SLACK_BYTES, CPU_FREED = 14_000_000, 1.0
 #: Share of a GPU's memory for activations and gathered layers that fragments.
 FRAGMENTS = 0.05
 #: Time limit in multiples of the planned time, and the seconds added to it.
@@ -52,7 +52,7 @@ class Bytes:
         activations: of the longest packed batch.
         head: slices of logits.
         prompts: prompts, encoders, gradients, optimizer states.
-        other: CUDA context, fragments.
+        other: CUDA context, fragments, freed memory.
     """
 
     base_shard: int
@@ -313,7 +313,7 @@ def option_bytes(
         total = needs.base.gathered_bytes
         gathered = min(total, placement.kept_bytes + live_bytes(needs.base))
     activations = int(cost.tokens * memory.peak(checkpointing))
-    other = CPU_SLACK_BYTES
+    other = CPU_SLACK_BYTES + int(CPU_FREED * activations)
     if not device.on_cpu:
         other = device.context_bytes + int(FRAGMENTS * (activations + gathered))
     return Bytes(
