@@ -3,9 +3,9 @@
     promptshard example smollm2 work          # once, for the base model and the rows
     python -m benchmarks.overfitting work
 
-Trains one prompt for every length and seed on the question ``condition``, and writes the scores and
-every row's loss and correctness to benchmarks/results/overfitting-smollm2.json. The tests of the
-verdict on overfitting and of the one-standard-error rule read this file.
+Trains one prompt for every length and seed on the question ``condition``. Writes the scores, and
+every row's loss and correctness, to benchmarks/results/overfitting-smollm2.json, and prints the
+verdict.
 """
 
 from __future__ import annotations
