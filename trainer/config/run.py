@@ -206,6 +206,13 @@ class RunConfig(Section):
         """
         return int(2 * self.search.init_share * self.prompt_steps(prompt))
 
+    def init_texts(self, prompt: Prompt) -> list[str]:
+        """Return the texts that ``init: auto`` compares; without any, it searches."""
+        task = self.task(prompt.task)
+        if prompt.init.search or not prompt.init.auto:
+            return []
+        return list(task.hand_written) or ([task.system] if task.system else [])
+
     @property
     def last_step(self) -> int:
         """The last step of the prompt that trains longest."""

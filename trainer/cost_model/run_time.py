@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainer.config import RunConfig
+from trainer.config import Prompt, RunConfig
 from trainer.cost_model.hardware import Device
 from trainer.cost_model.run_needs import RunNeeds
 from trainer.training.halving import rungs
@@ -15,8 +15,7 @@ START_SECONDS = 60
 BATCH_SECONDS = 0.005
 #: Packed batches' tokens that a batch of generation has (``evaluation.evaluator``).
 GENERATION_BATCHES = 4
-#: Candidates that init: auto scores at most, besides known ones; with fewer than 8 it does not
-#: search.
+#: Most and fewest candidates of a search for an initial prompt.
 CANDIDATES, FEWEST_CANDIDATES = 64, 8
 
 
@@ -34,11 +33,7 @@ def phase_seconds(
     forward = step / useful / 2  # of one token, in forward only
     steps = _prompt_steps(config)
     validations = [len(config.evaluation.validated(config.prompt_steps(p))) for p in prompts]
-    searched = 0.0
-    for prompt in prompts:
-        number = int(2 * config.search.init_share * config.prompt_steps(prompt))
-        if prompt.init.auto and prompt.entry.searches_init and number >= FEWEST_CANDIDATES:
-            searched += min(CANDIDATES, number) * each / 2
+    scored = sum(_init_candidates(config, prompt) for prompt in prompts)
     # Decoding reads the base once per token of a batch of rows.
     token = max(needs.base.resident_bytes(1) / device.memory_rate, BATCH_SECONDS)
     decodes = [
@@ -50,11 +45,21 @@ def phase_seconds(
     return {
         "start": float(START_SECONDS),
         "loading the base": load,
-        "initialization search": searched,
+        "initialization search": scored * each / 2,
         "baselines": needs.baseline_tokens * forward,
         "training": steps * each,
         "validation": reading * forward + decoding,
     }
+
+
+def _init_candidates(config: RunConfig, prompt: Prompt) -> int:
+    """Candidates that ``init: auto`` or ``init: search`` scores for a prompt."""
+    if not (prompt.init.open and prompt.entry.searches_init):
+        return 0
+    budget, texts = config.init_budget(prompt), len(config.init_texts(prompt))
+    if texts:  # several are compared, and all of them joined
+        return texts + 1 if 1 < texts < budget else 0
+    return min(CANDIDATES, budget) if budget >= FEWEST_CANDIDATES else 0
 
 
 def _prompt_steps(config: RunConfig) -> int:

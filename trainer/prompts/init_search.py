@@ -286,9 +286,9 @@ def _first_starts(
         return tuple(token_ids)
 
     budget, steps = config.init_budget(prompt), config.prompt_steps(prompt)
-    texts = task.hand_written or ([task.system] if task.system else [])
-    written = [(what, ids(init)) for what, init in hand_written_starts(texts)]
-    by_text = bool(written) and not prompt.init.search
+    by_text = bool(texts := config.init_texts(prompt))
+    starts = hand_written_starts(texts or task.hand_written)
+    written = [(what, ids(init)) for what, init in starts]
     choices = [("the task's choices", ids(Init(labels=True)))] if labels and not by_text else []
     known, drawn = written + choices, Init(vocab=True)
     size = Extent(len(known), 0, 0) if by_text else extent(budget, len(known))
