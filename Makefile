@@ -18,8 +18,8 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-ba
 	-c $(CONSTRAINTS) $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart example-smollm2 test test-pythons test-oldest faults lint format docs \
-	clean
+.PHONY: help install quickstart example-smollm2 test test-pythons test-oldest gpu-check gpu-wheels \
+	faults lint format docs clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 25
@@ -50,6 +50,12 @@ test-oldest: ## Test the main families with the oldest supported transformers
 		$(VENV)-oldest/.installed-test
 	$(VENV)-oldest/bin/python -m pytest -m oldest -n auto --maxprocesses 4 $(PYTEST_ARGS) \
 		--ignore=tests/unit/test_gguf_bases.py tests/unit tests/distributed/test_readme.py
+
+gpu-check: $(VENV)/.installed-test ## Check the first GPU in 10 minutes; writes benchmarks/results/gpu-check-*
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
+
+gpu-wheels: $(VENV)/.installed-test ## Collect what gpu-check needs on a machine without network
+	$(BIN)/python -m benchmarks.gpu_wheels $(GPU_WHEELS_ARGS)
 
 faults: $(VENV)/.installed-test ## List the failures that tests reproduce
 	@$(BIN)/python -m pytest --list-faults

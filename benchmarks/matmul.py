@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,25 @@ from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.quantization import quantize_rows
 
-SIZES = {  # tokens, type and (N, K) of the layers
-    "cpu": (1024, torch.float32, {"attention": (768, 768), "up": (2048, 768), "down": (768, 2048)}),
-    "cuda": (
+
+@dataclass(frozen=True)
+class Work:
+    """Number of tokens, compute type, and (N, K) of each layer."""
+
+    tokens: int
+    dtype: torch.dtype
+    shapes: dict[str, tuple[int, int]]
+
+    def flops(self, name: str) -> int:
+        """Return the FLOPs of forward and input-gradient of one layer."""
+        return 4 * self.tokens * math.prod(self.shapes[name])
+
+
+SIZES = {
+    "cpu": Work(
+        1024, torch.float32, {"attention": (768, 768), "up": (2048, 768), "down": (768, 2048)}
+    ),
+    "cuda": Work(
         8192,
         torch.bfloat16,
         {"attention": (4096, 4096), "up": (14336, 4096), "down": (4096, 14336)},
@@ -56,17 +75,17 @@ def make_layer(shape: tuple[int, int], kind: str, device: torch.device) -> Froze
 class Arm:
     """One kind of matrix product, and the seconds of each forward with input-gradient."""
 
-    def __init__(self, shape: tuple[int, int], kind: str, device: torch.device) -> None:
-        self.layer, self.device = make_layer(shape, kind, device), device
-        self.tokens, self.dtype, _ = SIZES[device.type]
+    def __init__(self, work: Work, name: str, kind: str, device: torch.device) -> None:
+        self.kind, self.work, self.device = kind, work, device
+        self.layer = make_layer(work.shapes[name], kind, device)
         self.seconds: list[float] = []
 
     def run(self) -> None:
-        options = {"device": self.device, "dtype": self.dtype}
-        x = torch.randn(self.tokens, self.layer.in_features, **options)
+        options: dict[str, Any] = {"device": self.device, "dtype": self.work.dtype}
+        x = torch.randn(self.work.tokens, self.layer.in_features, **options)
         x[:, :OUTLIER_FEATURES] *= 10 * THRESHOLD
         x.requires_grad_()
-        dy = torch.randn(self.tokens, self.layer.out_features, **options)
+        dy = torch.randn(self.work.tokens, self.layer.out_features, **options)
         self._wait()
         started = time.perf_counter()
         torch.autograd.grad(self.layer(x), x, dy)
@@ -78,37 +97,75 @@ class Arm:
             torch.cuda.synchronize(self.device)
 
 
-def measure(shape: tuple[int, int], name: str, rounds: int, device: torch.device) -> dict[str, Any]:
-    arms = [Arm(shape, kind, device) for kind in KINDS]
-    for round_ in track(range(WARM_UP + rounds), description=name):
+def measure(
+    work: Work,
+    name: str,
+    rounds: int,
+    device: torch.device,
+    kinds: Sequence[str] = KINDS,
+    *,
+    warm_up: int = WARM_UP,
+) -> dict[str, Any]:
+    """Time one layer with each kind of product; a kind that raises is reported under "failures"."""
+    arms = [Arm(work, name, kind, device) for kind in kinds]
+    failures: dict[str, str] = {}
+    for round_ in track(range(warm_up + rounds), description=name):
         for arm in arms:
-            if round_ == WARM_UP:  # compilation is done, and caches are filled
+            if arm.kind in failures:
+                continue
+            if round_ == warm_up:  # compilation is done, and caches are filled
                 arm.seconds.clear()
-            arm.run()
-    medians = {kind: statistics.median(arm.seconds) for kind, arm in zip(KINDS, arms, strict=True)}
-    return {"shape": name, "size": shape, "seconds": medians}
+            try:
+                arm.run()
+            except (ImportError, RuntimeError) as error:  # no library, no kernel, out of memory
+                failures[arm.kind] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    seconds = {arm.kind: statistics.median(arm.seconds) for arm in arms if arm.kind not in failures}
+    return {
+        "shape": name,
+        "size": work.shapes[name],
+        "flops": work.flops(name),
+        "seconds": seconds,
+        "failures": failures,
+    }
 
 
-def table(rows: list[dict[str, Any]], where: str, tokens: int) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Render the times of all layers, and their ratios to ``dequantize``, as a Markdown table."""
+    kinds = [kind for kind in KINDS if any(kind in row["seconds"] for row in rows)]
+    compared = [kind for kind in kinds if kind != "dequantize" and "dequantize" in kinds]
+
     def line(label: str, seconds: dict[str, float]) -> str:
-        shares = [seconds[kind] / seconds["dequantize"] for kind in KINDS[1:]]
-        cells = [*(f"{1e3 * seconds[kind]:.2f}" for kind in KINDS), *(f"{s:.2f}" for s in shares)]
+        cells = [f"{1e3 * seconds[kind]:.2f}" if kind in seconds else "failed" for kind in kinds]
+        for kind in compared:
+            both = kind in seconds and "dequantize" in seconds
+            cells.append(f"{seconds[kind] / seconds['dequantize']:.2f}" if both else "")
         return f"| {' | '.join([label, *cells])} |"
 
-    milliseconds = [f"{kind}, ms" for kind in KINDS]
-    ratios = [f"{kind} / dequantize" for kind in KINDS[1:]]
-    total = {kind: sum(row["seconds"][kind] for row in rows) for kind in KINDS}
+    head = [f"{kind}, ms" for kind in kinds] + [f"{kind} / dequantize" for kind in compared]
+    return [
+        f"| {' | '.join(['layer (N, K)', *head])} |",
+        "|---" * (1 + len(head)) + "|",
+        *(line(f"{row['shape']} {tuple(row['size'])}", row["seconds"]) for row in rows),
+        line("all", totals(rows)),
+    ]
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the seconds of all layers by kind, without kinds that failed for a layer."""
+    kinds = [kind for kind in KINDS if all(kind in row["seconds"] for row in rows)]
+    return {kind: sum(row["seconds"][kind] for row in rows) for kind in kinds}
+
+
+def page(rows: Sequence[dict[str, Any]], where: str, tokens: int) -> str:
+    """Render the results as a Markdown document."""
     lines = [
         f"# Frozen linear layer, {tokens:,} tokens, {where}",
         "",
         "`python -m benchmarks.matmul`: forward and input-gradient, median of interleaved rounds.",
         "",
-        f"| {' | '.join(['layer (N, K)', *milliseconds, *ratios])} |",
-        "|---" * (1 + len(milliseconds) + len(ratios)) + "|",
-        *(line(f"{row['shape']} {row['size']}", row["seconds"]) for row in rows),
-        line("all", total),
+        *table(rows),
         "",
-        f"To reach: int8 / dequantise <= {REACH}.",
+        f"To reach: int8 / dequantize <= {REACH}.",
         "",
     ]
     return "\n".join(lines)
@@ -124,16 +181,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
 
-    tokens, _, shapes = SIZES[device.type]
-    rows = [measure(shape, name, args.rounds, device) for name, shape in shapes.items()]
+    work = SIZES[device.type]
+    rows = [measure(work, name, args.rounds, device) for name in work.shapes]
     on_gpu = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if on_gpu else f"{args.threads} CPU thread(s)"
-    report = {"device": where, "tokens": tokens, "threads": args.threads, "rows": rows}
+    report = {"device": where, "tokens": work.tokens, "threads": args.threads, "rows": rows}
     name = "matmul_cuda" if on_gpu else "matmul"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.out / f"{name}.md").write_text(table(rows, where, tokens))
-    print(table(rows, where, tokens))
+    (args.out / f"{name}.md").write_text(page(rows, where, work.tokens))
+    print(page(rows, where, work.tokens))
 
 
 if __name__ == "__main__":

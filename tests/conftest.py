@@ -142,7 +142,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Divide the tests into scopes, each of which one worker runs.
 
-    The scopes are each unit test file, tests/distributed, the tests of clusters, and all others.
+    The scopes are each unit test file, each test of tests/gpu, tests/distributed, the tests of
+    clusters, and all others.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -151,6 +152,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::")[0]
             if file.startswith("tests/unit/"):
                 return file
+            if file.startswith("tests/gpu/"):
+                return nodeid  # most of their time is compilation on the host
             if file.startswith("tests/distributed/"):
                 return "ranks"
             return "clusters" if file.startswith(CLUSTERS) else "others"

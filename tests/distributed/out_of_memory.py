@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ from tests.base_digest import base_digest
 from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
+from tests.scarce_memory import scarce
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import prepare_batch
 from trainer.evaluation.generation import keys_and_values
-from trainer.model.layers.linear import FrozenLinear
 from trainer.prompts.soft_prompt import prompt_lengths
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import OutOfMemory, step_gradients
@@ -86,30 +84,6 @@ def _retries_after_decoding(engine: Engine, module: Any) -> bool:
     for _ in range(2):
         module(prepare_batch(rows, prompt_lengths(prompts), engine.device), prompts)
     return engine.recover_from_oom()
-
-
-@contextmanager
-def scarce(base: torch.nn.Module, limit: int, backward: bool) -> Iterator[None]:
-    """Let a layer in the middle fail to allocate for more than ``limit`` tokens."""
-    layers = [m for m in base.modules() if isinstance(m, FrozenLinear)]
-    layer = layers[len(layers) // 2]
-
-    def fail(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape[-2] > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
-        return tensor
-
-    def hook(_: Any, inputs: Any, output: torch.Tensor) -> None:
-        if not backward:
-            fail(output)
-        elif output.requires_grad:
-            output.register_hook(fail)
-
-    handle = layer.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 if __name__ == "__main__":
