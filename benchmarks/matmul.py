@@ -117,7 +117,7 @@ def measure(
                 arm.seconds.clear()
             try:
                 arm.run()
-            except (ImportError, RuntimeError) as error:  # no library, no kernel, out of memory
+            except Exception as error:  # no library, no kernel, a compiler's error, out of memory
                 failures[arm.kind] = f"{type(error).__name__}: {str(error).strip()[:300]}"
     seconds = {arm.kind: statistics.median(arm.seconds) for arm in arms if arm.kind not in failures}
     return {

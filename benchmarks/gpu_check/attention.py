@@ -21,8 +21,9 @@ from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.interface import Layout, attend, make_layout, with_flex
 from trainer.packing.packed_batch import Segment
 
-#: Largest difference of outputs and gradients, relative to the largest value, in bfloat16.
-ACCEPTABLE_DIFFERENCE = 0.03
+#: Largest difference of outputs and gradients, relative to the largest value. In bfloat16, the
+#: gradients of the prompt's keys are sums of many rounded numbers. A wrong mask gives about 1.
+ACCEPTABLE_DIFFERENCE = 0.1
 
 
 def attention(check: Check) -> None:
@@ -137,12 +138,13 @@ def _builder(kind: str, segments: list[Segment], device: torch.device) -> Callab
 
 def _runner(leaves: list[Tensor], layout: Layout) -> Callable[[], list[Tensor]]:
     scores = Scores(leaves[0].shape[-1] ** -0.5)
-    query = leaves[0].transpose(1, 2)
+    query, key, value = leaves
+    shape = query.transpose(1, 2).shape  # of the output
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(query.shape, generator=generator).to(query.device, query.dtype)
+    upstream = torch.randn(shape, generator=generator).to(query.device, query.dtype)
 
     def run() -> list[Tensor]:
-        output = attend(*leaves, layout, scores, 0)  # type: ignore[misc]
+        output = attend(query, key, value, layout, scores, 0)
         gradients = torch.autograd.grad(output, leaves, upstream)
         return [output.detach(), *gradients]
 

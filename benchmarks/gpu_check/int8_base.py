@@ -34,7 +34,7 @@ def make_int8_base(folder: Path, shape: dict[str, Any]) -> None:
     make_tokenizer().save_pretrained(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(_parts(shape, device, generator)):
         name = f"model-{number:05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})

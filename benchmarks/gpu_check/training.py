@@ -119,7 +119,7 @@ def run_file(check: Check) -> dict[str, Any]:
         "training": {"steps": sizes.steps, "tokens_per_step": sizes.step_tokens // shares},
         "evaluation": {"every": sizes.steps},
         "checkpoint": {"every": sizes.steps},
-        "tracking": {"system_metrics": False},
+        "tracking": {"system_metrics": False, "uri": f"sqlite:///{check.folder}/mlflow.db"},
     }
 
 

@@ -105,10 +105,11 @@ def test_first_steps_of_the_quickstart(tmp_path: Path, kind: str) -> None:
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
     command = ["-m", "launch", "train", "examples/quickstart.yaml", *overrides, "--processes", "1"]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         timeout=500,
