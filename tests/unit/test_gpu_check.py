@@ -47,7 +47,7 @@ class TestParts:
             return codes.get(name, 0)
 
         records = runner.run_parts(
-            tmp_path, [p.name for p in runner.PARTS], small=True, seconds=seconds, start=start
+            tmp_path, [p.name for p in runner.PARTS], small=False, seconds=seconds, start=start
         )
         return {record["name"]: record for record in records}
 
