@@ -110,7 +110,11 @@ def test_a_complete_run_in_sqlite_is_sent_once(tmp_path: Path, store: str) -> No
     assert_complete(folder, store)
     client = client_of(store)
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert files == {"run.yaml", "environment.json", "datasets.json", "summary.json", "report.html"}
+    expected = {"run.yaml", "environment.json", "datasets.json", "summary.json", "report.html"}
+    assert files == expected | {"plots"}
+    plots = {file.path for file in client.list_artifacts(parent.info.run_id, "plots")}
+    assert plots
+    assert all(path.endswith(".png") for path in plots)
     adapter = {f.path for f in client.list_artifacts(prompts["triage"].info.run_id, "adapter")}
     assert adapter == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 

@@ -43,7 +43,7 @@ COMMANDS = {
     "make test-pythons": "the unit tests, with other interpreters",
     "make test-oldest": "tests marked oldest, with older libraries",
     "make docs": "what it writes is compared in this file",
-    "make gpu-check": "with small sizes, in tests/integration/test_gpu_check.py",
+    "make gpu-check": "with small sizes, in tests/integration/test_small_gpu_check.py",
     "make gpu-wheels": "needs a package index; tests/unit/test_gpu_wheels.py tests its parts",
     "python3 -m pip install --no-index --no-deps --target /tmp/site build/gpu-wheels/*.whl": "pip",
     "PYTHONPATH=/tmp/site python3 -m benchmarks.gpu_check": "as make gpu-check",
