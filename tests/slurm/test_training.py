@@ -103,6 +103,9 @@ def run(desk: Desk) -> Run:
         cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
     until(lambda: "requeued as restart 1 of at most 5" in read(run.log), 60, run.logs)
 
+    smoke = desk.path / "runs" / "smoke" / "summary.json"
+    until(smoke.exists, START_SECONDS, run.logs)  # the other job must not lose its node
+
     with run.held(restart=1):
         down = f"NodeName={NODES[1]}"
         cluster.run("scontrol", "update", down, "State=DOWN", "Reason=test")
