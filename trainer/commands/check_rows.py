@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.commands.preview import print_rows
 from trainer.config import RunConfig, load
@@ -18,6 +19,10 @@ from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.runtime.process import flush_and_exit
 from trainer.runtime.redact import printable, redact
+
+if TYPE_CHECKING:
+    from trainer.data.task_data import TaskData
+    from trainer.model.base_tokenizer import BaseTokenizer
 
 
 def main(arguments: Sequence[str], *, hide_torch: bool = False) -> int:
@@ -39,22 +44,16 @@ def main(arguments: Sequence[str], *, hide_torch: bool = False) -> int:
     return EXIT_DONE
 
 
-def _check(config: RunConfig, count: int, json_file: str | None) -> None:
+def tokenize_rows(config: RunConfig, base: BaseTokenizer) -> tuple[RunConfig, dict[str, TaskData]]:
+    """Tokenize all rows as ``train`` does; return the settings with resolved positions, and tasks.
+
+    Raises:
+        BadInput: rows or templates are not usable.
+    """
     from trainer.data.prompt_positions import with_positions
     from trainer.data.task_data import load_tasks
     from trainer.data.tokenization.chat_template import read_chat_date
-    from trainer.evaluation.stop_criteria import check_all_targets
-    from trainer.model.base_tokenizer import is_downloaded, open_tokenizer
-    from trainer.model.tokenizer_class import class_warning
 
-    if not count and not is_downloaded(config.base):
-        print(
-            f"note: {config.base.model} is not downloaded, so rows are checked without its "
-            "tokenizer; --preview downloads it",
-            file=sys.stderr,
-        )
-        return
-    base = open_tokenizer(config.base)
     console = Console(sys.stderr, sys.stderr)
     date = read_chat_date(Path(config.output_dir))
     config = with_positions(config, base.tokenizer, date)
@@ -68,6 +67,23 @@ def _check(config: RunConfig, count: int, json_file: str | None) -> None:
         date=date,
         end_ids=base.end_ids,
     )
+    return config, tasks
+
+
+def _check(config: RunConfig, count: int, json_file: str | None) -> None:
+    from trainer.evaluation.stop_criteria import check_all_targets
+    from trainer.model.base_tokenizer import is_downloaded, open_tokenizer
+    from trainer.model.tokenizer_class import class_warning
+
+    if not count and not is_downloaded(config.base):
+        print(
+            f"note: {config.base.model} is not downloaded, so rows are checked without its "
+            "tokenizer; --preview downloads it",
+            file=sys.stderr,
+        )
+        return
+    base = open_tokenizer(config.base)
+    config, tasks = tokenize_rows(config, base)
     check_all_targets(tasks, base.tokenizer, base.generation)
     warning = class_warning(base.tokenizer, base.folder)
     notes = [warning] if warning else []

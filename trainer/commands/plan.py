@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.commands.check_rows import without_torch
+from trainer.commands.check_rows import tokenize_rows, without_torch
 from trainer.config import RunConfig, load, parse_bytes, resolve_path
 from trainer.runtime import atomic_io
-from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
 from trainer.runtime.json_file import read_json_object
 from trainer.runtime.process import flush_and_exit
@@ -104,28 +103,12 @@ def _device(config: RunConfig, chosen: argparse.Namespace) -> Device:
 def _needs(config: RunConfig, device: Device, row_tokens: int | None) -> RunNeeds:
     from trainer.cost_model.base_headers import open_base_shape
     from trainer.cost_model.run_needs import needs_of_row_tokens, needs_of_tasks
-    from trainer.data.prompt_positions import with_positions
-    from trainer.data.task_data import load_tasks
-    from trainer.data.tokenization.chat_template import read_chat_date
     from trainer.model.base_tokenizer import open_tokenizer
 
     base, text, stored = open_base_shape(config.base, device.itemsize)
     if row_tokens is not None:
         return needs_of_row_tokens(config, row_tokens, base, text, stored)
-    files = open_tokenizer(config.base)
-    console = Console(sys.stderr, sys.stderr)
-    date = read_chat_date(Path(config.output_dir))
-    config = with_positions(config, files.tokenizer, date)
-    tasks = load_tasks(
-        config,
-        files.tokenizer,
-        files.context_length,
-        files.config.vocab_size,
-        console.working,
-        console.reading,
-        date=date,
-        end_ids=files.end_ids,
-    )
+    config, tasks = tokenize_rows(config, open_tokenizer(config.base))
     return needs_of_tasks(config, tasks, base, text, stored)
 
 
