@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
+from trainer.commands.answer_files import write_numbers
 from trainer.commands.evaluate.arm import Arm
 from trainer.commands.evaluate.arms import ArmBuilder
 from trainer.commands.evaluate.costs import BaseCost
@@ -33,9 +32,7 @@ from trainer.model.meta_model import build_meta_model
 from trainer.model.weight_adapter import check_layers, load_tensors
 from trainer.prompts.saved_prompts import WEIGHTS
 from trainer.reporting.evaluation import EVALUATION_FILE, Evaluation, TaskEvaluation
-from trainer.reporting.html import write_report
 from trainer.reporting.summary import load_summary
-from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.training.task_loading import load_tasks_per_node
@@ -178,21 +175,13 @@ def _report(
         metric = options.metric or run.config.task(task).metric
         compared = TaskResults(own, records, metric, options.select_on, cost, summary)
         results[task] = compared.evaluation()
-    evaluation = Evaluation(tasks=results)
-    content: dict[str, Any] = evaluation.model_dump(mode="json")
     for task, result in results.items():
         show(task, result, console)
-    if options.json == "-":
-        console.answer(json.dumps(content, indent=2))
-        return
-    path = Path(options.json) if options.json else options.run_dir / EVALUATION_FILE
-    try:
-        atomic_io.write_json(path, content)
-    except OSError as error:
-        raise BadInput(f"--json: cannot write {path}: {error.strerror}") from None
-    console.print(f"\nall numbers: {path}; predictions: {store.folder}")
-    report = options.run_dir / "report.html"
-    if report.is_file() and not options.json:
-        with console.phase("writing the report"):
-            write_report(options.run_dir)
-        console.print(f"report: {report}")
+    write_numbers(
+        Evaluation(tasks=results),
+        options.run_dir,
+        EVALUATION_FILE,
+        options.json,
+        console,
+        remark=f"; predictions: {store.folder}",
+    )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
+from trainer.commands.answer_files import write_numbers
 from trainer.commands.evaluate.selection import SelectedRun
 from trainer.commands.inspect_prompts.measurements import measure
 from trainer.commands.inspect_prompts.options import Options
@@ -30,9 +29,7 @@ from trainer.prompts.initial_prompts import load_initial
 from trainer.prompts.peft_adapter import read_fixed_text, save_peft
 from trainer.prompts.saved_prompts import WEIGHTS, without_sources
 from trainer.prompts.soft_prompt import SoftPrompt
-from trainer.reporting.html import write_report
 from trainer.reporting.inspection import INSPECTION_FILE, Inspection, PrunedPrompt
-from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.training.initial_bank import embedding_function, make_bank
@@ -173,19 +170,5 @@ def _write_pruned(
 
 def _report(options: Options, inspection: Inspection, console: Console) -> None:
     """Print the tables; write ``inspection.json`` and the report."""
-    content: dict[str, Any] = inspection.model_dump(mode="json")
     show(inspection, console)
-    if options.json == "-":
-        console.answer(json.dumps(content, indent=2))
-        return
-    path = Path(options.json) if options.json else options.run_dir / INSPECTION_FILE
-    try:
-        atomic_io.write_json(path, content)
-    except OSError as error:
-        raise BadInput(f"--json: cannot write {path}: {error.strerror}") from None
-    console.print(f"\nall numbers: {path}")
-    report = options.run_dir / "report.html"
-    if report.is_file() and not options.json:
-        with console.phase("writing the report"):
-            write_report(options.run_dir)
-        console.print(f"report: {report}")
+    write_numbers(inspection, options.run_dir, INSPECTION_FILE, options.json, console)
