@@ -131,7 +131,7 @@ def _place(item: pytest.Item) -> int:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return one worker per core for ``-n auto``, and one more for tests that mostly wait.
 
-    Tests of clusters wait for Slurm and for timeouts; the cores would be idle meanwhile.
+    Cluster tests mostly wait for Slurm and timeouts. An extra worker uses the idle cores.
     """
     paths = [Path(argument.partition("::")[0]) for argument in config.args]
     units_alone = all("unit" in path.parts for path in paths)

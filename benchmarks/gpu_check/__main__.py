@@ -57,7 +57,7 @@ def selected(names: Sequence[str]) -> list[str]:
 
 
 def missing_gpu() -> str | None:
-    """Return why there is no GPU to check, or None."""
+    """Return the reason for having no GPU to check; None if there is one."""
     import torch
 
     if torch.cuda.is_available():

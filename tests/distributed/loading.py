@@ -31,7 +31,7 @@ def main() -> None:
         nan_problems = error.problems
 
     load(engine, small)  # the first to be loaded brings the code that does it
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_bytes("VmRSS")
     base, read, policy = load(engine, folder)
     peak = resident_bytes("VmHWM") - before

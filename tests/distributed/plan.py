@@ -55,7 +55,7 @@ def measure(engine: Engine, config: RunConfig, steps: int) -> dict[str, Any]:
     # Not that of the folder: transformers replaces it by the one of some families.
     tasks = load_tasks(config, make_tokenizer(), files.context_length, files.config.vocab_size)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_bytes("VmRSS")
     lengths = [n for data in tasks.values() for n in data.train.lengths.tolist()]
     loaded = load_base(engine, files, config, console, lengths=lengths)

@@ -90,8 +90,8 @@ def _notes(subject: Subject, measured: Measurements) -> list[str]:
         )
     if subject.rows.task.choices is None and not subject.is_prefix:
         notes.append(
-            "the task has no choices, so there is no class rate; the elicited text is that of the "
-            "middle layer, read into the first one"
+            "the task has no choices, so no class rate is computed; the elicited text was read "
+            "from the middle layer and written to the first one"
         )
     return notes
 

@@ -31,7 +31,7 @@ def checked_instructions(config: RunConfig, options: Options) -> list[Checked]:
     """Return the instructions of a run file, or the text for one of its tasks, with findings.
 
     Raises:
-        BadInput: there is no such task, or no instruction.
+        BadInput: the task is unknown, or no instruction is given.
     """
     names = [task.name for task in config.tasks]
     if options.task is not None and options.task not in names:

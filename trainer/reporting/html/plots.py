@@ -84,7 +84,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Grid:
-    """Scores by two settings; ``texts`` and ``values`` [row][column], NaN: there is no prompt.
+    """Scores by two settings; ``texts`` and ``values`` are [row][column]; NaN means no prompt.
 
     Attributes:
         best: row and column of the best prompt.
