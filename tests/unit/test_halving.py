@@ -16,7 +16,7 @@ from trainer.config.training import Halving
 from trainer.evaluation.selection import select, standard_error
 from trainer.training.halving import rungs, split
 
-REVIEWS = Path(__file__).resolve().parents[2] / "benchmarks/results/learning-smollm2.json"
+REVIEWS = Path(__file__).parent / "data/drug_reviews_correct.json"
 
 
 @pytest.mark.parametrize(
@@ -95,20 +95,13 @@ def test_nothing_is_selected_where_nothing_has_a_score():
     assert selected([entry("a", 1, math.nan), entry("b", 1, 0.9, diverged=True)]) is None
 
 
-#: Trained arms of benchmarks/results/learning-smollm2.json, as ``num_virtual_tokens`` of a test.
+#: Trained arms, as ``num_virtual_tokens`` of a test.
 ARMS = {"PEFT LoRA r8": 40, "PEFT prompt tuning, text": 20, "ours, prompt_tuning, system": 10}
 
 
 def reviews() -> dict[str, list[int]]:
-    """Correctness of 150 drug reviews by trained arm; of two learning rates the better one."""
-    cells = json.loads(REVIEWS.read_text())["cells"]
-    by_arm: dict[str, list[int]] = {}
-    for cell in cells:
-        arm = cell["cell"]["arm"]
-        if arm in ARMS and "validation" in cell["result"]:
-            correct = cell["result"]["validation"]["correct"]
-            by_arm[arm] = max(by_arm.get(arm, []), correct, key=sum)
-    return by_arm
+    """Correctness of 150 drug reviews by trained arm, from a run of benchmarks.learning."""
+    return {arm: [int(c) for c in rows] for arm, rows in json.loads(REVIEWS.read_text()).items()}
 
 
 def on_rows(correct: dict[str, list[int]], rows: Sequence[int]) -> list[Entry]:
