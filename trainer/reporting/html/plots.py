@@ -121,9 +121,11 @@ def curve_plots(
             _draw_curves(ax, curves, panel, x)
             if panel == metric:
                 _draw_levels(ax, levels)
+            ax.set_xlim(left=0)
             _style_axes(ax, "step" if x == "step" else "useful tokens read by the prompt", 6)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-            label = f"{panel_title} of {len(curves)} prompts by {x.replace('_', ' ')}"
+            which = "1 prompt" if len(curves) == 1 else f"{len(curves)} prompts"
+            label = f"{panel_title} of {which} by {x.replace('_', ' ')}"
             plots.append(_plot(f"{name}-{panel}", figure, label, png=x == "step"))
     return plots
 
