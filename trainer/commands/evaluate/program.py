@@ -20,12 +20,12 @@ from trainer.commands.evaluate.selection import SelectedRun
 from trainer.commands.evaluate.similar_rows import cosine_similar
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.commands.evaluate.table import show
-from trainer.commands.trained_prompts import load_prompts
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.model_loading import open_base_on_all
 from trainer.evaluation.metrics import check_sandbox
+from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.fingerprint import digest_file
 from trainer.model.meta_model import build_meta_model

@@ -16,13 +16,13 @@ from trainer.commands.inspect_prompts.pruning import Pruned, prune
 from trainer.commands.inspect_prompts.results import inspect_prompt, similarity
 from trainer.commands.inspect_prompts.subjects import Subject, make_subject, values_at
 from trainer.commands.inspect_prompts.table import show
-from trainer.commands.trained_prompts import load_prompts
 from trainer.config import RunConfig, load_output
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import load_base, open_base_on_all
 from trainer.evaluation.evaluator import Evaluator
+from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles, portable_name
 from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.initial_prompts import load_initial

@@ -1,0 +1,45 @@
+"""The engine of this process: one rank alone, or a rank that the launcher started."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trainer.distributed.deepspeed_engine import Engine
+
+#: Variable that every launcher of several ranks sets.
+LAUNCHED = "WORLD_SIZE"
+#: Whether a launcher started this process; ``Engine`` sets the variable in every process.
+_is_launched = LAUNCHED in os.environ
+#: Open engines of this process, which share one process group.
+_open: list[Engine] = []
+
+
+def open_engine(timeout_seconds: int) -> Engine:
+    """Open the engine of this rank. A process that no launcher started is the only rank.
+
+    Several engines may be open in one process; ``close_engine`` closes them.
+    """
+    if not _is_launched and not dist.is_initialized():
+        # In memory: needs no port, which another process may use.
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    engine = Engine(timeout_seconds)
+    _open.append(engine)
+    return engine
+
+
+def close_engine(engine: Engine) -> None:
+    """Close an engine; the process group ends with the last one."""
+    if engine in _open:
+        _open.remove(engine)
+        if not _open:
+            engine.close()

@@ -1,0 +1,284 @@
+"""The loaded base with the prompts of a run: encodes requests, generates texts, scores rows."""
+
+from __future__ import annotations
+
+import datetime
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Self, overload
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from trainer.config import Base, RunConfig, Task
+from trainer.data.tokenization.chat_template import Messages, read_chat_date
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.model_loading import (
+    LoadedBase,
+    fingerprint_base_on_all,
+    load_base,
+    open_base_on_all,
+)
+from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
+from trainer.evaluation.generation import generate
+from trainer.inference.engine import close_engine
+from trainer.inference.requests import GenerationRequest, dialogue_request, text_request
+from trainer.inference.saved_run import SavedRun, TrainedPrompt
+from trainer.inference.trained_prompts import load_prompts
+from trainer.model.checkpoint_files import BaseFiles
+from trainer.prompts.soft_prompt import SoftPrompt
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+
+
+def _release(engine: Engine, model: nn.Module) -> None:
+    engine.release(model)
+    close_engine(engine)
+
+
+#: A prompt by its name in the run, or of any run on the same base; None: the base alone.
+PromptChoice = str | TrainedPrompt | None
+
+
+def settings_of(base: Base) -> RunConfig:
+    """Return the settings of a base that is used without a run: a task with plain texts."""
+    return RunConfig.model_validate(
+        {
+            "output_dir": ".",
+            "base": base.model_dump(mode="json"),
+            "tasks": [
+                {"name": "text", "train": "none.jsonl", "input": "{text}", "target": "{answer}"}
+            ],
+            "prompts": [{"name": "none", "task": "text"}],
+            "training": {"steps": 1},
+        }
+    )
+
+
+@dataclass
+class InferenceBase:
+    """A base on this rank and the prompts that it can use; see ``load_inference_base``.
+
+    Attributes:
+        config: of the run, or from ``settings_of``.
+        run: None if the base was loaded without a run.
+        date: the date that chat templates read; None: today.
+    """
+
+    engine: Engine
+    files: BaseFiles
+    config: RunConfig
+    loaded: LoadedBase
+    run: SavedRun | None
+    date: datetime.date | None
+    _soft_prompts: dict[Path, SoftPrompt] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Not a method: DeepSpeed keeps references to the model, so memory is freed only by release.
+        self._close = weakref.finalize(self, _release, self.engine, self.loaded.model)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.files.tokenizer
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.engine, self.loaded.model, self.tokenizer, self.loaded.budget)
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Maximum tokens of a batch of generation: prompt, input and answer of all its rows."""
+        return GENERATION_BATCHES * self.loaded.budget.tokens
+
+    def prompt(self, choice: PromptChoice) -> TrainedPrompt | None:
+        """Return the prompt with a name; raises ``BadInput`` if the run has no such prompt."""
+        if not isinstance(choice, str):
+            return choice
+        if self.run is None:
+            raise BadInput(
+                f"prompt: {choice!r} is a name, but the base was loaded without a run; pass a "
+                "prompt of load_run(...).prompts"
+            )
+        return self.run.prompts[choice]
+
+    def soft_prompt(self, choice: PromptChoice) -> SoftPrompt | None:
+        """Return a prompt's values on the device, read once.
+
+        Raises:
+            BadInput: the adapter is damaged, or was trained for a base of another width.
+        """
+        prompt = self.prompt(choice)
+        if prompt is None:
+            return None
+        key = prompt.folder.resolve()
+        if key not in self._soft_prompts:
+            (values,) = load_prompts([prompt.folder], self.files, self.engine.device)
+            self._soft_prompts[key] = values
+        return self._soft_prompts[key]
+
+    def task(self, prompt: TrainedPrompt | None, name: str | None = None) -> Task:
+        """Return a prompt's task, the task with a name, or the only task of the run.
+
+        Raises:
+            BadInput: there is no such task, or it is not clear which.
+        """
+        if name is None and prompt is not None:
+            return prompt.task
+        tasks = {task.name: task for task in self.config.tasks}
+        if name is not None and name not in tasks:
+            raise BadInput(f"task: {name!r} is not a task of the run; known: {', '.join(tasks)}")
+        if name is None and len(tasks) > 1:
+            raise BadInput(
+                f"task: without a prompt, name one of {', '.join(tasks)}, whose template is used"
+            )
+        return tasks[name] if name is not None else next(iter(tasks.values()))
+
+    def text_request(
+        self,
+        text: str,
+        prompt: PromptChoice = None,
+        *,
+        task: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> GenerationRequest:
+        """Make the request for one text; raises ``BadInput`` as ``requests.text_request``."""
+        trained = self.prompt(prompt)
+        position = "front" if trained is None else trained.position
+        own = self.task(trained, task)
+        soft_prompt = self.soft_prompt(trained)
+        return text_request(self.files, own, text, soft_prompt, position, max_new_tokens, self.date)
+
+    def dialogue_request(
+        self,
+        messages: Messages,
+        prompt: PromptChoice = None,
+        *,
+        task: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> GenerationRequest:
+        """Make the request for the next answer; raises as ``requests.dialogue_request``."""
+        trained = self.prompt(prompt)
+        position = "front" if trained is None else trained.position
+        own = self.task(trained, task)
+        soft_prompt = self.soft_prompt(trained)
+        return dialogue_request(
+            self.files, own, messages, soft_prompt, position, max_new_tokens, self.date
+        )
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+        self,
+        texts: str,
+        prompt: PromptChoice = None,
+        *,
+        task: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        texts: Sequence[str],
+        prompt: PromptChoice = None,
+        *,
+        task: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[str]: ...
+    def generate(
+        self,
+        texts: str | Sequence[str],
+        prompt: PromptChoice = None,
+        *,
+        task: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> str | list[str]:
+        """Continue one text or several, greedily; a collective.
+
+        A text fills the input template of the task if that has one column; otherwise it is the
+        complete input. All ranks receive all texts.
+
+        Args:
+            prompt: name of a prompt of the run, or a prompt of any run on the same base; None: the
+                base alone.
+            task: name of the task whose template and end are used; default: that of the prompt, or
+                the only one of the run.
+            max_new_tokens: maximum length of each answer; default: the task's.
+
+        Raises:
+            BadInput: a name is not known, or a text has no tokens or too many.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        requests = [
+            self.text_request(text, prompt, task=task, max_new_tokens=max_new_tokens)
+            for text in given
+        ]
+        answers = self.generate_requests(requests)
+        return answers[0] if isinstance(texts, str) else answers
+
+    def generate_requests(self, requests: Sequence[GenerationRequest]) -> list[str]:
+        """Generate the texts of requests with the same prompt and limit; a collective."""
+        if not requests:
+            return []
+        first = requests[0]
+        generated = generate(
+            *(self.engine, self.loaded.model, first.stop),
+            [request.input_ids for request in requests],
+            first.prompt,
+            first.max_new_tokens,
+            max_tokens=self.max_batch_tokens,
+            prompt_at=[request.prompt_at for request in requests],
+        )
+        return [first.stop.text(ids, skip_special_tokens=True).strip() for ids in generated]
+
+    def close(self) -> None:
+        """Free the memory of the base and end the engine; other methods fail afterwards."""
+        self._soft_prompts.clear()
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_inference_base(
+    engine: Engine,
+    source: SavedRun | Base,
+    console: Console,
+    *,
+    prompts: Sequence[TrainedPrompt] = (),
+    digests: Mapping[str, str] | None = None,
+) -> InferenceBase:
+    """Open and load a base on all ranks; a collective.
+
+    Args:
+        source: a run whose base is loaded, or the settings of a base.
+        prompts: prompts that are read and checked before the base is loaded.
+        digests: of the base that the prompts were trained for, by part, as from
+            ``fingerprint_base``; None: not compared.
+
+    Raises:
+        BadInput: on all ranks, if the base or a prompt is missing, damaged, or does not fit.
+    """
+    run: SavedRun | None = None
+    if isinstance(source, SavedRun):
+        run, config = source, source.config
+    else:
+        config = settings_of(source)
+    files = open_base_on_all(engine, config.base, console)
+    if digests:
+        parts = fingerprint_base_on_all(engine, files, console)
+        different = [part for part, digest in parts.items() if digests.get(part) != digest]
+        if different:
+            raise BadInput(
+                f"base.model: {config.base.model!r} is not the base that the prompts were trained "
+                f"for: other content of {', '.join(different)}; restore that model"
+            )
+    engine.run_on_all(lambda: load_prompts([p.folder for p in prompts], files, torch.device("cpu")))
+    date = engine.run_on_main(lambda: None if run is None else read_chat_date(run.folder))
+    loaded = load_base(engine, files, config, console)
+    return InferenceBase(engine, files, config, loaded, run, date)
