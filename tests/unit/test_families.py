@@ -33,8 +33,11 @@ from tests.family_bases import (
 )
 from tests.soft_prompts import soft_prompts
 from trainer.config import Base
+from trainer.inference.stream_batch import DecodingBatch, Join
+from trainer.inference.stream_request import Sampling, ScoredToken
 from trainer.model.attention.padded import pad_rows
 from trainer.model.checkpoint_files import open_base
+from trainer.model.decode_step import DecodeStep
 from trainer.model.families import (
     FAMILIES,
     FIRST_RELEASE,
@@ -46,7 +49,7 @@ from trainer.model.layers import vocab_parallel
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
 from trainer.model.meta_model import build_meta_model
-from trainer.model.prompted_model import DecodeStep, PromptedBase
+from trainer.model.prompted_model import PromptedBase
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.model.unsupported_families import UNSUPPORTED
 from trainer.packing.packed_batch import Segment, build_packed_batch
@@ -182,6 +185,40 @@ class TestFamily:
                 wanted = model(**inputs, use_cache=False).logits[0]
                 torch.testing.assert_close(first[i], wanted[-2], rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(second[i], wanted[-1], rtol=1e-4, atol=1e-4)
+
+    def test_rows_that_join_and_leave_equal_plain(self, ours: Any, plain: Any, case: str) -> None:
+        """Rows of several lengths, with one of two prompts or none, in one batch."""
+        base, model = ours(case, "none", True), plain(case, "none")
+        packed_rows, prompts = problem(base.hidden_size)
+        batch = DecodingBatch(base, soft_prompts(prompts), CPU)
+        inputs = [row.example.input_ids for row in packed_rows[:4]]
+        prompt_of = [0, None, 1, 0]
+        generated: dict[int, list[ScoredToken]] = {number: [] for number in range(4)}
+
+        def forward(*numbers: int) -> None:
+            joins = [
+                Join(n, 0, tuple(inputs[n]), prompt_of[n], 0, 9, Sampling(top_logprobs=1))
+                for n in numbers
+            ]
+            for number, token in batch.forward(joins).items():
+                generated[number].append(token)
+
+        with base.unpacked():
+            for joining, leaving in [((0, 2), ()), ((), ()), ((1,), ()), ((), (0,)), ((3,), ())]:
+                forward(*joining)
+                for number in leaving:
+                    batch.remove(number)
+            for leaving in (1, 2, 3):
+                forward()
+                batch.remove(leaving)
+        assert [len(generated[number]) for number in range(4)] == [3, 3, 5, 4]
+        for number, tokens in generated.items():
+            ids = torch.tensor([*inputs[number], *(token.token_id for token in tokens)])
+            prompt = prompts[0][:0] if prompt_of[number] is None else prompts[prompt_of[number]]
+            with torch.no_grad():
+                logits = model(**with_virtual_tokens(model, ids, prompt), use_cache=False).logits[0]
+            wanted = logits[-len(tokens) - 1 : -1].log_softmax(-1).amax(-1).tolist()
+            assert [token.logprob for token in tokens] == pytest.approx(wanted, abs=1e-4)
 
 
 class TestPaddedFallback:

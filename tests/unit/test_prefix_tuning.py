@@ -24,8 +24,9 @@ from tests.family_bases import (
 )
 from tests.soft_prompts import soft_prompts
 from trainer.model.attention.prefix_cache import PastCache
+from trainer.model.decode_step import DecodeStep
 from trainer.model.families import FAMILIES, check_prefix_tuning
-from trainer.model.prompted_model import DecodeStep, PromptedBase
+from trainer.model.prompted_model import PromptedBase
 from trainer.packing.packed_batch import build_packed_batch
 from trainer.packing.packed_row import PackedRow
 from trainer.prompts.peft_adapter import load_peft, save_peft

@@ -24,7 +24,7 @@ from trainer.data.teacher import merge_warnings, teachers_of
 from trainer.data.token_table import Example, TokenBlock, TokenTable, in_memory
 from trainer.data.tokenization.tokenize import encode_halves, tokenize
 from trainer.model.attention.prefix_cache import PastCache
-from trainer.model.prompted_model import DecodeStep
+from trainer.model.decode_step import DecodeStep
 from trainer.packing.packed_batch import build_packed_batch, build_teacher_batch
 from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import plan_batches

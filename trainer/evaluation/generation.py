@@ -18,8 +18,9 @@ from torch import Tensor
 
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.stop_criteria import StopCriteria
+from trainer.model.decode_step import DecodeStep
 from trainer.model.generation_config import logits_processors
-from trainer.model.prompted_model import DecodeStep, PromptedBase
+from trainer.model.prompted_model import PromptedBase
 from trainer.prompts.soft_prompt import SoftPrompt
 
 BATCH_ROWS = 64

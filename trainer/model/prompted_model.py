@@ -19,11 +19,12 @@ from transformers import Mamba2ForCausalLM, PreTrainedModel
 from trainer.model.attention.interface import make_layout, with_flex, with_past
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
+from trainer.model.decode_step import DecodeStep, insert_prompts
 from trainer.model.families import family_of
 from trainer.model.layers.lm_head import LabelLosses
 from trainer.model.per_layer_inputs import id_rules, ids_with_padding, look_up
 from trainer.packing.packed_batch import PackedBatch
-from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt
+from trainer.prompts.soft_prompt import SoftPrompt
 
 #: Names of the cache in a model's forward: since transformers 5.24, before, and before in Mamba 2.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
@@ -41,22 +42,6 @@ class NextTokenRequest:
     """Request for the logits at the labels of a packed batch, instead of losses."""
 
     batch: PackedBatch
-
-
-@dataclass
-class DecodeStep:
-    """One forward of a left-padded batch with a key-value cache.
-
-    Attributes:
-        token_ids_BL: the tokens since the last step; in the first step, the full rows.
-        attention_mask_BT: 1 for every token so far, virtual tokens included; 0 for padding.
-        prompt_at: for each row, the number of its tokens before the virtual tokens.
-    """
-
-    token_ids_BL: Tensor
-    attention_mask_BT: Tensor
-    cache: PastCache
-    prompt_at: Sequence[int] = ()
 
 
 class ForwardResult(NamedTuple):
@@ -115,7 +100,8 @@ class PromptedBase(nn.Module):
         Args:
             inputs: a packed batch (losses), a request for hidden states or logits, a decode step
                 (logits), or token ids (embeddings).
-            virtual_tokens: all prompts of the bank; for a decode step at most one prompt.
+            virtual_tokens: all prompts of the bank; for a decode step without ``prompt_of`` at most
+                one prompt.
             teacher_DH: the teacher's hidden states for the distilled positions of a packed batch.
         """
         if isinstance(inputs, PackedBatch):
@@ -198,23 +184,8 @@ class PromptedBase(nn.Module):
         return hidden_NH
 
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
-        words_BLH, ids_BL = self._embed(step.token_ids_BL), step.token_ids_BL
-        num_virtual = sum(len(prompt.tensor) for prompt in virtual_tokens)
-        first = step.attention_mask_BT.shape[1] == words_BLH.shape[1] + num_virtual
-        if first and virtual_tokens:
-            soft_prompt = virtual_tokens[0]
-            prompt, prompt_at = soft_prompt.tensor, step.prompt_at or [0] * len(words_BLH)
-            if isinstance(soft_prompt, PrefixKeyValues):
-                pads_B = (step.attention_mask_BT == 0).sum(1)
-                step.cache.place(prompt.to(self.dtype), pads_B)
-                prompt = words_BLH.new_zeros(len(prompt), words_BLH.shape[2])
-                prompt_at = [0] * len(words_BLH)  # keys and values precede all tokens
-            words_BLH = _insert_prompt(words_BLH, step.attention_mask_BT, prompt, prompt_at)
-            if self._padding is not None:
-                pads_P1 = ids_BL.new_full((len(prompt), 1), self._padding)
-                ids_BL1 = ids_BL[..., None]
-                ids_BL1 = _insert_prompt(ids_BL1, step.attention_mask_BT, pads_P1, prompt_at)
-                ids_BL = ids_BL1[..., 0]
+        words_BLH = self._embed(step.token_ids_BL)
+        words_BLH, ids_BL = insert_prompts(step, virtual_tokens, words_BLH, self._padding)
         positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
         inputs: dict[str, Any] = {
             "inputs_embeds": words_BLH,
@@ -287,21 +258,3 @@ class _Anchored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
         return None, ctx.like
-
-
-def _insert_prompt(
-    words_BLH: Tensor, mask_BT: Tensor, prompt_PH: Tensor, prompt_at: Sequence[int]
-) -> Tensor:
-    """Insert the prompt into each row, after its padding and ``prompt_at`` tokens: [B, P + L, H].
-
-    The mask already counts the P virtual tokens: row b has ``T - sum(mask_b)`` padding tokens.
-    """
-    num_virtual = prompt_PH.shape[0]
-    prompt_PH = prompt_PH.to(words_BLH.dtype)
-    rows = []
-    for words_LH, mask_T, at in zip(words_BLH, mask_BT, prompt_at, strict=True):
-        place = int((mask_T == 0).sum()) + at
-        rows.append(torch.cat([words_LH[:place], prompt_PH, words_LH[place:]]))
-    stacked = torch.stack(rows)
-    assert stacked.shape[1] == words_BLH.shape[1] + num_virtual
-    return stacked

@@ -28,27 +28,29 @@ class PastCache(DynamicCache):
             config: of a model with recurrent layers, whose states are kept as well.
         """
         super().__init__(config=config)
-        self._past: Tensor | None = None
-        self._places_BP: Tensor | None = None
+        self._placed: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def place(self, past_PL2AD: Tensor, pads_B: Tensor) -> None:
+    def place(self, past_PL2AD: Tensor, pads_B: Tensor, rows_B: Tensor | None = None) -> None:
         """Set the keys and values that replace those after each row's padding in the next forward.
+
+        Call it once for each prompt of the batch.
 
         Args:
             past_PL2AD: rotated keys and values, as layers pass them to the cache.
-            pads_B: number of padding tokens of each row.
+            pads_B: number of padding tokens of each row of this prompt.
+            rows_B: indices of these rows in the batch; None for all rows.
         """
-        assert self.get_seq_length() == 0, "a prompt precedes the first tokens"
         places_P = torch.arange(len(past_PL2AD), device=pads_B.device)
-        self._past, self._places_BP = past_PL2AD, pads_B[:, None] + places_P
+        if rows_B is None:
+            rows_B = torch.arange(len(pads_B), device=pads_B.device)
+        self._placed.append((past_PL2AD, rows_B[:, None], pads_B[:, None] + places_P))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._past is not None and self.get_seq_length(layer_idx) == 0:
-            past_P2AD = self._past[:, layer_idx].to(key_states.dtype)
-            key_states = self._replaced(key_states, past_P2AD[:, 0])
-            value_states = self._replaced(value_states, past_P2AD[:, 1])
+        if self._placed and self.get_seq_length(layer_idx) == 0:
+            key_states = self._replaced(key_states, layer_idx, 0)
+            value_states = self._replaced(value_states, layer_idx, 1)
         updated: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
@@ -59,8 +61,9 @@ class PastCache(DynamicCache):
         layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in self.layers]
         return torch.stack(layers).permute(3, 0, 1, 2, 4)
 
-    def _replaced(self, states_BATD: Tensor, past_PAD: Tensor) -> Tensor:
-        rows_B1 = torch.arange(len(states_BATD), device=states_BATD.device)[:, None]
+    def _replaced(self, states_BATD: Tensor, layer: int, part: int) -> Tensor:
+        """Replace keys (part 0) or values (part 1) of a layer."""
         states_BTAD = states_BATD.transpose(1, 2).clone()
-        states_BTAD[rows_B1, self._places_BP] = past_PAD
+        for past_PL2AD, rows_B1, places_BP in self._placed:
+            states_BTAD[rows_B1, places_BP] = past_PL2AD[:, layer, part].to(states_BTAD.dtype)
         return states_BTAD.transpose(1, 2)
