@@ -1,4 +1,4 @@
-"""Streamed text is that of ``generate``, whatever else is in the batch."""
+"""Streamed text equals that of ``generate``, for every combination of requests in a batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from trainer.config import Base
 from trainer.evaluation.generation import generate
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.inference import stream_schedule
+from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream import Busy, Limits, StreamingDecoder
-from trainer.inference.stream_request import Piece, Sampling, StreamRequest
-from trainer.inference.stream_text import TextPieces
+from trainer.inference.stream_sampling import Sampling
+from trainer.inference.stream_text import Piece, TextPieces
 from trainer.model.checkpoint_files import open_base
+from trainer.prompts.soft_prompt import VirtualTokens
 
 H, LAYERS, HEADS, HEAD = 64, 3, 2, 16
+GREEDY = Sampling()
 SIZES = [(4, H), (7, H), (5, LAYERS, 2, HEADS, HEAD)]
 
 
@@ -46,31 +49,30 @@ def prompts() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def requests(tokenizer: Any) -> list[StreamRequest]:
+def requests(tokenizer: Any, prompts: Any) -> list[GenerationRequest]:
     """Requests of every prompt and none, with different lengths, limits, places and ends."""
     draw = random.Random(0)
     made = []
     for i in range(24):
         ids = tuple(draw.randrange(3, 300) for _ in range(draw.randrange(1, 20)))
-        prompt = [None, 0, 1, 2][i % 4]
-        at = draw.randrange(len(ids)) if prompt in (0, 1) else 0
+        prompt = [None, *prompts][i % 4]
+        at = draw.randrange(len(ids)) if isinstance(prompt, VirtualTokens) else 0
         # Some words end a text; others are stop strings.
         ends = frozenset(draw.sample(range(3, 300), 5 * (i % 3)))
         strings = tuple(f"w{n} " for n in draw.sample(range(3, 300), 5 * (i % 2)))
         stop = StopCriteria(tokenizer, ends, strings)
-        made.append(StreamRequest(ids, stop, draw.randrange(1, 25), prompt, at))
+        made.append(GenerationRequest(ids, at, prompt, stop, draw.randrange(1, 25)))
     return made
 
 
 @pytest.fixture(scope="module")
-def generated(folder: Path, prompts: Any, requests: Sequence[StreamRequest]) -> list[str]:
+def generated(folder: Path, requests: Sequence[GenerationRequest]) -> list[str]:
     """What ``generate`` writes for each request alone."""
     base = load_unsharded(folder, "int8")
     texts = []
     for request in requests:
-        prompt = None if request.prompt is None else prompts[request.prompt]
         (ids,) = generate(
-            *(OneRank(), base, request.stop, [request.input_ids], prompt),
+            *(OneRank(), base, request.stop, [request.input_ids], request.prompt),
             request.max_new_tokens,
             prompt_at=[request.prompt_at],
         )
@@ -82,7 +84,7 @@ def text_of(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def decode_all(decoder: StreamingDecoder, requests: Sequence[StreamRequest]) -> list[str]:
+def decode_all(decoder: StreamingDecoder, requests: Sequence[GenerationRequest]) -> list[str]:
     """Stream requests from a thread each."""
     texts = [""] * len(requests)
 
@@ -130,15 +132,17 @@ def test_pieces_are_delivered_as_early_as_the_text_is_settled(folder, prompts, r
     longest = max(range(len(requests)), key=lambda i: len(generated[i]))
     with decoder.running():
         pieces = list(decoder.stream(requests[longest]))
-        (whole,) = read_whole(decoder, requests[longest])
-    assert text_of(pieces) == whole.text == generated[longest]
+        (single,) = read_at_end(decoder, requests[longest])
+    assert text_of(pieces) == single.text == generated[longest]
     assert len(pieces) > 5
     assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-    assert pieces[-1].finish == whole.finish
-    assert [token for piece in pieces for token in piece.tokens] == list(whole.tokens)
+    assert pieces[-1].finish == single.finish
+    assert [token for piece in pieces for token in piece.tokens] == list(single.tokens)
 
 
-def read_whole(decoder: StreamingDecoder, request: StreamRequest) -> list[Piece]:
+def read_at_end(
+    decoder: StreamingDecoder, request: GenerationRequest, sampling: Sampling = GREEDY
+) -> list[Piece]:
     pieces: list[Piece] = []
     ended = threading.Event()
 
@@ -146,7 +150,7 @@ def read_whole(decoder: StreamingDecoder, request: StreamRequest) -> list[Piece]
         pieces.append(piece)
         ended.set()
 
-    decoder.submit(request, note, whole=True)
+    decoder.submit(request, sampling, note, at_end=True)
     assert ended.wait(20)
     return pieces
 
@@ -161,10 +165,10 @@ class Letters:
 
 
 @pytest.mark.parametrize("text", ["a€b", "é\ufffd", "xxSTO STSTOP later", "ST", "SSTOSTOP", ""])
-def test_incomplete_characters_and_stop_strings_are_held_back(text):
+def test_incomplete_characters_and_stop_strings_are_delayed(text):
     stop = StopCriteria(Letters(), frozenset(), ("STOP", "€b"))  # type: ignore[arg-type]
     ids = list(text.encode())
-    pieces, writer = [], TextPieces(stop, skip_special_tokens=True)
+    pieces, writer = [], TextPieces(stop)
     for end in range(1, len(ids) + 1):
         pieces.append(writer.next(ids[:end]))
         final = stop.text(ids)
@@ -180,7 +184,9 @@ def test_sampling_follows_the_seed_and_top_p(folder, prompts, tokenizer):
 
     def draw(**settings: Any) -> list[int]:
         sampling = Sampling(**({"temperature": 1.0, "top_logprobs": 3} | settings))
-        (piece,) = read_whole(decoder, StreamRequest((5, 6), stop, 12, 0, 0, sampling))
+        (piece,) = read_at_end(
+            decoder, GenerationRequest((5, 6), 0, prompts[0], stop, 12), sampling
+        )
         for token in piece.tokens:
             values = [value for _, value in token.top]
             assert len(values) == 3
@@ -201,18 +207,21 @@ def test_a_cancelled_request_leaves_and_too_many_are_refused(folder, prompts, to
     base = load_unsharded(folder, "int8")
     stop = StopCriteria(tokenizer, frozenset())
     decoder = StreamingDecoder(OneRank(), base, prompts, Limits(rows=1, waiting=1))
-    endless = StreamRequest((5, 6), stop, 100_000)
+    endless = GenerationRequest((5, 6), 0, None, stop, 100_000)
     with decoder.running():
         first = decoder.stream(endless)
         assert next(first).text
         waiting: list[Piece] = []
-        queued = decoder.submit(endless, waiting.append)
+        queued = decoder.submit(endless, GREEDY, waiting.append)
         with pytest.raises(Busy):
-            decoder.submit(endless, waiting.append)
+            decoder.submit(endless, GREEDY, waiting.append)
         decoder.cancel(queued)
         assert [piece.finish for piece in waiting] == ["cancelled"]
         first.close()
-        assert text_of(list(decoder.stream(StreamRequest((5, 6), stop, 3)))).count(" ") == 2
+        assert (
+            text_of(list(decoder.stream(GenerationRequest((5, 6), 0, None, stop, 3)))).count(" ")
+            == 2
+        )
         left = decoder.stream(endless)
         next(left)
     assert list(left)[-1].finish == "cancelled", "closing the decoder ends its requests"
@@ -226,8 +235,8 @@ def test_an_error_while_decoding_reaches_every_request(folder, prompts, tokenize
     stop = StopCriteria(tokenizer, frozenset())
     with decoder.running():
         with pytest.raises(RuntimeError, match="decoding has failed"):
-            list(decoder.stream(StreamRequest((100_000,), stop, 3)))
+            list(decoder.stream(GenerationRequest((100_000,), 0, None, stop, 3)))
         with pytest.raises(RuntimeError, match="decoding has failed"):
-            list(decoder.stream(StreamRequest((5,), stop, 3)))
+            list(decoder.stream(GenerationRequest((5,), 0, None, stop, 3)))
     assert ended == [decoder.failure]
     assert isinstance(decoder.failure, IndexError)

@@ -6,10 +6,10 @@
 3. ``unlabeled_rows``: rows without targets -> rows with placeholders that no result depends on
 4. ``predictions``: rows and prompts -> ``Prediction`` per row and prompt, with the scoring and the
    generation of ``evaluation``
-5. ``stream.StreamingDecoder``: ``StreamRequest`` -> ``Piece`` after ``Piece``, with continuous
-   batching: requests with different prompts join and leave one running batch.
+5. ``stream.StreamingDecoder``: ``GenerationRequest`` and ``Sampling`` -> ``Piece`` after ``Piece``,
+   with continuous batching: requests with different prompts join and leave one running batch.
    ``stream_schedule`` decides which rank decodes a request, ``stream_batch`` holds the rows of one
-   rank, ``stream_text`` turns tokens into pieces of text.
+   rank, ``stream_sampling`` chooses tokens, ``stream_text`` turns them into pieces of text.
 
 All methods of ``InferenceBase`` that run the base are collectives: every rank calls them with the
 same arguments and receives the same results.

@@ -2,7 +2,7 @@
 
 Rank 0 schedules. Before each forward pass it broadcasts which rows join on which rank and which
 leave; afterwards it gathers the new tokens of all ranks. All ranks run ``StreamingDecoder.run``,
-rank 0 in a thread of its own, so that its main thread can submit requests.
+rank 0 in a second thread, so that the main thread can submit requests.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from trainer.distributed.collectives import Ranks
+from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream_batch import DecodingBatch, Join
-from trainer.inference.stream_request import FinishReason, Piece, ScoredToken, StreamRequest
+from trainer.inference.stream_sampling import Sampling, ScoredToken
 from trainer.inference.stream_schedule import Limits, Schedule
-from trainer.inference.stream_text import TextPieces
+from trainer.inference.stream_text import FinishReason, Piece, TextPieces
 from trainer.model.prompted_model import PromptedBase
 from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime import stop_signals
@@ -36,7 +37,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all ranks do next; broadcast from rank 0."""
+    """Next step of all ranks, broadcast from rank 0."""
 
     joins: tuple[Join, ...] = ()
     leaves: tuple[int, ...] = ()
@@ -46,7 +47,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank has done; gathered on rank 0."""
+    """Results of one rank, gathered on rank 0."""
 
     tokens: dict[int, ScoredToken]
     rows: int
@@ -57,12 +58,18 @@ class Stream:
     """A submitted request. Its pieces go to the function given to ``submit``."""
 
     def __init__(
-        self, number: int, request: StreamRequest, on_piece: Callable[[Piece], object], whole: bool
+        self,
+        number: int,
+        request: GenerationRequest,
+        prompt: int | None,
+        sampling: Sampling,
+        on_piece: Callable[[Piece], object],
+        at_end: bool,
     ) -> None:
-        self.number, self.request = number, request
+        self.number, self.request, self.prompt, self.sampling = number, request, prompt, sampling
         self.ids: list[int] = []
-        self._on_piece, self._whole = on_piece, whole
-        self._text = TextPieces(request.stop, request.skip_special_tokens)
+        self._on_piece, self._at_end = on_piece, at_end
+        self._text = TextPieces(request.stop)
         self._pending: list[ScoredToken] = []
 
     def add(self, token: ScoredToken) -> FinishReason | None:
@@ -74,7 +81,7 @@ class Stream:
             finish = "stop"
         elif len(self.ids) >= self.request.max_new_tokens:
             finish = "length"
-        if finish is None and not self._whole and (text := self._text.next(self.ids)):
+        if finish is None and not self._at_end and (text := self._text.next(self.ids)):
             self._deliver(text, None)
         return finish
 
@@ -93,7 +100,7 @@ class StreamingDecoder:
     Args:
         prompts: all prompts that requests may name, on the engine's device.
         on_end: called on rank 0 when the decoder ends without ``close``, with the error; or with
-            None when another rank has received a stop signal, and decoding goes on.
+            None when another rank has received a stop signal, which does not end decoding.
 
     Attributes:
         rows: rows in the caches of all ranks after the last forward pass.
@@ -110,8 +117,7 @@ class StreamingDecoder:
         on_end: Callable[[BaseException | None], object] = lambda error: None,
     ) -> None:
         self._engine, self._base, self._prompts = engine, base, list(prompts)
-        lengths = [prompt.num_virtual_tokens for prompt in prompts]
-        self._schedule = Schedule(limits or Limits(), engine.world_size, lengths)
+        self._schedule = Schedule(limits or Limits(), engine.world_size)
         self._limits = limits or Limits()
         self._on_end = on_end
         self._numbers = itertools.count()
@@ -133,21 +139,24 @@ class StreamingDecoder:
 
     def submit(
         self,
-        request: StreamRequest,
+        request: GenerationRequest,
+        sampling: Sampling,
         on_piece: Callable[[Piece], object],
         *,
-        whole: bool = False,
+        at_end: bool = False,
     ) -> Stream:
         """Add a request; on rank 0, from any thread.
 
         Args:
+            request: its prompt is one of the decoder's.
             on_piece: receives the pieces, in the decoder's thread; it must not block.
-            whole: deliver one piece, at the end.
+            at_end: deliver one piece, when the request ends.
 
         Raises:
             Busy: too many requests are waiting.
         """
-        stream = Stream(next(self._numbers), request, on_piece, whole)
+        prompt = None if request.prompt is None else self._prompts.index(request.prompt)
+        stream = Stream(next(self._numbers), request, prompt, sampling, on_piece, at_end)
         with self._changed:
             if self._closing:
                 stream.end("failed" if self.failure else "cancelled")
@@ -170,10 +179,12 @@ class StreamingDecoder:
             self._changed.notify()
         stream.end("cancelled")
 
-    def stream(self, request: StreamRequest) -> Iterator[Piece]:
+    def stream(
+        self, request: GenerationRequest, sampling: Sampling | None = None
+    ) -> Iterator[Piece]:
         """Yield the pieces of one request; on rank 0. Closing the iterator cancels the request."""
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
-        stream = self.submit(request, pieces.put)
+        stream = self.submit(request, sampling or Sampling(), pieces.put)
         try:
             while True:
                 piece = pieces.get()

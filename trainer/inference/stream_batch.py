@@ -5,29 +5,27 @@ Shape letters: B rows, L longest input, T tokens so far, V vocabulary.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from trainer.inference.stream_request import Sampling, ScoredToken
+from trainer.inference.stream_sampling import Sampling, ScoredToken, TokenChooser
 from trainer.model.attention.batch_cache import BatchCache
 from trainer.model.decode_step import DecodeStep
-from trainer.model.generation_config import logits_processors
 from trainer.model.prompted_model import PromptedBase
 from trainer.prompts.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True)
 class Join:
-    """A row that joins the batch of a rank; what ranks need to know of a request.
+    """A row that joins the batch of a rank: the part of a request that ranks need.
 
     Attributes:
         number: identifies the row among those of all ranks.
+        prompt: index of the prompt; None: without a prompt.
     """
 
     number: int
@@ -40,45 +38,17 @@ class Join:
 
 
 class _Row:
-    """One row: its tokens, and how its next token is chosen."""
-
     def __init__(self, join: Join, base: PromptedBase, device: torch.device) -> None:
-        self.number, self.sampling = join.number, join.sampling
-        self.ids = list(join.input_ids)
-        self._penalties = logits_processors(base.model, join.input_ids, join.max_new_tokens, device)
-        self._warpers = LogitsProcessorList()
-        self._random: torch.Generator | None = None
-        if self.sampling.temperature > 0:
-            seed = self.sampling.seed
-            self._random = torch.Generator(device)
-            self._random.manual_seed(secrets.randbits(63) if seed is None else seed)
-            if self.sampling.temperature != 1:
-                self._warpers.append(TemperatureLogitsWarper(self.sampling.temperature))
-            if self.sampling.top_p < 1:
-                self._warpers.append(TopPLogitsWarper(self.sampling.top_p))
+        self.number, self.ids = join.number, list(join.input_ids)
+        self._chooser = TokenChooser(
+            base.model, join.input_ids, join.max_new_tokens, join.sampling, device
+        )
 
     def choose(self, logits_V: Tensor, largest: int) -> ScoredToken:
         """Choose the next token, and append it to the row. ``largest`` has the largest logit."""
-        token = largest
-        if self._penalties or self._random is not None:
-            token = self._processed(logits_V[None])
-        self.ids.append(token)
-        if (count := self.sampling.top_logprobs) is None:
-            return ScoredToken(token)
-        logprobs_V = logits_V.log_softmax(-1)
-        values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
-        top = zip(ids.tolist(), values.tolist(), strict=True)
-        return ScoredToken(token, float(logprobs_V[token]), tuple(top))
-
-    def _processed(self, scores_1V: Tensor) -> int:
-        """Apply penalties and sampling."""
-        ids_1T = torch.tensor([self.ids], device=scores_1V.device)
-        for processors in (self._penalties, self._warpers):
-            if processors:
-                scores_1V = processors(ids_1T, scores_1V)
-        if self._random is None:
-            return int(scores_1V.argmax(-1))
-        return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self._random))
+        token = self._chooser.choose(self.ids, logits_V, largest)
+        self.ids.append(token.token_id)
+        return token
 
 
 class DecodingBatch:

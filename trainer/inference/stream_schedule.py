@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream_batch import Join
-from trainer.inference.stream_request import StreamRequest
+from trainer.inference.stream_sampling import Sampling
 
 #: Maximum tokens of the rows that one forward pass reads, padding included. Running rows wait
 #: during this pass.
@@ -34,16 +35,17 @@ class Waiting(Protocol):
     """A waiting request."""
 
     number: int
-    request: StreamRequest
+    request: GenerationRequest
+    prompt: int | None
+    sampling: Sampling
 
 
 class Schedule:
     """Assigns requests to ranks in the order in which they came."""
 
-    def __init__(self, limits: Limits, ranks: int, num_virtual: Iterable[int] = ()) -> None:
+    def __init__(self, limits: Limits, ranks: int) -> None:
         self._rows = -(-limits.rows // ranks)
         self._tokens = None if limits.tokens is None else limits.tokens // ranks
-        self._num_virtual = list(num_virtual)
         #: For each rank: number of a row -> length that it can reach.
         self._reach: list[dict[int, int]] = [{} for _ in range(ranks)]
         self._has_read = [False] * ranks
@@ -61,16 +63,16 @@ class Schedule:
             rank = self._rank_for(request, joins, decodes)
             if rank is None:
                 break
-            self._reach[rank][stream.number] = self._reach_of(request)
+            self._reach[rank][stream.number] = request.num_tokens
             joins.append(
                 Join(
                     stream.number,
                     rank,
                     request.input_ids,
-                    request.prompt,
+                    stream.prompt,
                     request.prompt_at,
                     request.max_new_tokens,
-                    request.sampling,
+                    stream.sampling,
                 )
             )
         self._has_read = [any(join.rank == rank for join in joins) for rank in range(len(decodes))]
@@ -82,24 +84,20 @@ class Schedule:
             rows.pop(number, None)
 
     def _rank_for(
-        self, request: StreamRequest, joins: list[Join], decodes: list[bool]
+        self, request: GenerationRequest, joins: list[Join], decodes: list[bool]
     ) -> int | None:
         """Return the rank with the fewest rows that has room."""
         ranks = sorted(range(len(self._reach)), key=lambda rank: len(self._reach[rank]))
         fits = (r for r in ranks if not decodes[r] and self._has_room(r, request, joins))
         return next(fits, None)
 
-    def _has_room(self, rank: int, request: StreamRequest, joins: list[Join]) -> bool:
+    def _has_room(self, rank: int, request: GenerationRequest, joins: list[Join]) -> bool:
         rows = self._reach[rank]
         if len(rows) >= self._rows:
             return False
-        longest = max(self._reach_of(request), *rows.values(), 0)
+        longest = max(request.num_tokens, *rows.values(), 0)
         if rows and self._tokens is not None and (len(rows) + 1) * longest > self._tokens:
             return False
         read = [len(join.input_ids) for join in joins if join.rank == rank]
         size = (len(read) + 1) * max(len(request.input_ids), *read, 0)
         return not read or size <= READ_TOKENS
-
-    def _reach_of(self, request: StreamRequest) -> int:
-        num_virtual = 0 if request.prompt is None else self._num_virtual[request.prompt]
-        return num_virtual + len(request.input_ids) + request.max_new_tokens

@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from trainer.evaluation.stop_criteria import StopCriteria
+from trainer.inference.stream_sampling import ScoredToken
+
+#: ``stop``: an end token or a stop string; ``length``: the limit of tokens; ``cancelled``: by the
+#: caller, or because the decoder was closed; ``failed``: decoding raised an error.
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 #: What a decoder writes for the bytes of an incomplete character.
 INCOMPLETE = "\ufffd"
 
 
-class TextPieces:
-    """Text of one request, in pieces whose concatenation is exactly ``StopCriteria.text``.
+@dataclass(frozen=True)
+class Piece:
+    """Text since the last piece. All texts of a request, one after the other, are its final text.
 
-    Held back until more tokens are there: incomplete characters, and ends of the text that can be
-    the beginning of a stop string.
+    Attributes:
+        tokens: generated tokens since the last piece. Their text can be in a later piece:
+            incomplete characters and beginnings of stop strings are delayed.
+        finish: set in the last piece of a request.
     """
 
-    def __init__(self, stop: StopCriteria, skip_special_tokens: bool) -> None:
-        self._stop, self._skip = stop, skip_special_tokens
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+    finish: FinishReason | None = None
+
+
+class TextPieces:
+    """Text of one request, in pieces whose concatenation is exactly the final text.
+
+    That is ``StopCriteria.text`` without special tokens.
+
+    Incomplete characters, and ends of the text that can begin a stop string, are delayed until more
+    tokens follow.
+    """
+
+    def __init__(self, stop: StopCriteria) -> None:
+        self._stop = stop
         # Tokenizers that remove spaces before punctuation can still remove the last space.
         self._cleans = bool(getattr(stop.tokenizer, "clean_up_tokenization_spaces", False))
         self._written = ""
@@ -28,9 +52,9 @@ class TextPieces:
 
         Args:
             ids: all tokens so far.
-            is_last: no tokens follow, so nothing is held back.
+            is_last: no tokens follow, so nothing is delayed.
         """
-        text = self._stop.text(ids, skip_special_tokens=self._skip)
+        text = self._stop.text(ids, skip_special_tokens=True)
         if not is_last:
             text = text[: self._settled(text)]
         if not text.startswith(self._written):

@@ -10,7 +10,7 @@
 4. ``shard_loading.load_shards``: model on ``meta`` -> this rank's shards, read by rows
    (``tensor_locations``, ``safetensors_reader``) and quantized to int8.
 5. ``prompted_model.PromptedBase``: ``PackedBatch`` and virtual tokens -> losses, hidden states or
-   logits.
+   logits; or ``decode_step.DecodeStep`` -> logits of the next tokens.
 
 ``chat_template_file`` reads ``base.chat_template``; ``tokenizer_class`` compares the tokenizer with
 its file. ``fingerprint`` hashes the files of a base. ``embedding_lookup`` reads the embeddings of

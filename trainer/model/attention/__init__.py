@@ -6,5 +6,6 @@
 2. ``bucket_layout``: segments -> ``Buckets`` of similar length; ``bucketed`` attends within them.
 3. ``flex``: segments -> ``FlexLayout``, for one FlexAttention kernel instead of buckets.
 4. ``padded``: segments -> ``PaddedRows``, for families that do not support packed rows.
-5. ``prefix_cache``: prompts of keys and values in the cache of a decoder.
+5. ``prefix_cache``: prompts of keys and values in the cache of a decoder. ``batch_cache``: rows
+   that join and leave the cache of a running batch.
 """

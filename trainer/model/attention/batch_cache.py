@@ -1,7 +1,7 @@
 """Key-value cache of a batch whose rows join and leave while it is decoded.
 
 All rows end at the same column, as with padding on the left, so that attention windows and
-positions are those of a batch that started together. Keys and values stand in a buffer with room
+positions are those of a batch that started together. Keys and values are in a buffer with room
 for more rows and columns: a row that joins copies its own columns, a row that leaves moves one
 other row, and a step writes one column. Growing the buffer copies it; as its size grows by a
 factor, that adds a constant number of copies per column.
