@@ -175,7 +175,10 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
     return {
         "prompts": [prompt.tensor.cpu() for prompt in judged],
         "scores": [scored.scores for scored in evaluator.score(requests, judged)],
-        "texts": [generate(engine, base, ending, inputs, prompt, 4) for prompt in judged],
+        "texts": [
+            [text.ids for text in generate(engine, base, ending, inputs, prompt, 4)]
+            for prompt in judged
+        ],
         "waits": waits,
         "batches": batches,
     }

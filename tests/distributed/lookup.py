@@ -104,7 +104,7 @@ def one_way(
         "expected_gathered": layer_bytes(base, ranks)
         + row_bytes(words(engine.world_size), engine.rank, ranks, rows)
         + head_bytes(labels(engine.world_size), engine.rank, ranks, base),
-        "texts": generate(engine, base, ending, inputs, prompts[0], 6),
+        "texts": [text.ids for text in generate(engine, base, ending, inputs, prompts[0], 6)],
         "block": list(rows.shape),
         "type": str(rows.dtype),
         "table_is_a_parameter": any(p.ds_numel == table_VH.numel() for p in embeddings(base)),

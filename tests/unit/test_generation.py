@@ -183,7 +183,8 @@ def openings(tokenizer: Any) -> list[Any]:
 
 
 def our_ids(base: Path, inputs: list[Any], ending: StopCriteria, most: int = 16) -> list[list[int]]:
-    return generate(OneRank(), load_unsharded(base, "none"), ending, inputs, None, most)
+    texts = generate(OneRank(), load_unsharded(base, "none"), ending, inputs, None, most)
+    return [text.ids for text in texts]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -256,8 +257,8 @@ def test_a_batch_ends_when_all_rows_have_ended(base):
     together = generate(OneRank(), model, ending, inputs, None, 30)
     assert steps == 3, "an answer, '.\\n' and '\\n'"
     alone = [generate(OneRank(), model, ending, [ids], None, 30)[0] for ids in inputs]
-    assert [ending.text(ids) for ids in together] == [ending.text(ids) for ids in alone]
-    assert [ending.text(ids) for ids in together][1:] == [f"{a}." for a in ANSWERS[1:]]
+    assert [ending.text(text.ids) for text in together] == [ending.text(text.ids) for text in alone]
+    assert [ending.text(text.ids) for text in together][1:] == [f"{a}." for a in ANSWERS[1:]]
 
 
 def test_a_plain_task_ends_at_eos_where_its_targets_do(tmp_path, base):

@@ -153,7 +153,7 @@ def assert_alike(folder: Path, *, writes: bool = True) -> bool:
 def our_tokens(base: PromptedBase, files: BaseFiles, ids: list[int]) -> list[int]:
     task = Task(name="t", train="-", input="{text}", target="{label}", append_eos=False)
     ending = StopCriteria.of(files.generation, files.tokenizer, task)
-    return generate(OneRank(), base, ending, [ids], None, NEW_TOKENS)[0]  # type: ignore[arg-type]
+    return generate(OneRank(), base, ending, [ids], None, NEW_TOKENS)[0].ids  # type: ignore[arg-type]
 
 
 def their_tokens(theirs: Any, ids: list[int]) -> list[int]:

@@ -77,7 +77,7 @@ def _generate(
     (generated,) = generate(
         *(engine, loaded.model, stop, [input_ids], virtual_tokens, limit), prompt_at=[prompt_at]
     )
-    console.answer(stop.text(generated, skip_special_tokens=True).strip())
+    console.answer(stop.text(generated.ids, skip_special_tokens=True).strip())
     engine.close()
 
 

@@ -77,7 +77,7 @@ def ingest(
         try:
             return Problems(file.name), _ingest_by_column(file, task, on_rows)
         except NeedsRowwiseCheck:
-            return _ingest_by_row(file, task, on_rows)
+            return ingest_by_row(file, task, on_rows)
     except BadInput as error:  # the file cannot be read at all
         return Problems(file.name, unread=error.problems), None
 
@@ -100,9 +100,10 @@ def _ingest_by_column(file: DataFile, task: Task, on_rows: OnRows | None) -> Ing
     return IngestedFile(file.name, columns, file.digest(), batches)
 
 
-def _ingest_by_row(
-    file: DataFile, task: Task, on_rows: OnRows | None
+def ingest_by_row(
+    file: DataFile, task: Task, on_rows: OnRows | None = None
 ) -> tuple[Problems, IngestedFile | None]:
+    """As ``ingest``, row by row; raises ``BadInput`` if the file cannot be read at all."""
     validator = RowValidator(file.name, task)
     try:
         header = file.header()

@@ -90,6 +90,11 @@ class EvalSet:
         """Return the rows as tokenized after a teacher, whose embeddings are used as a prompt."""
         return replace(self, candidates=replace(self.candidates, teacher=teacher))
 
+    @property
+    def correct_examples(self) -> list[Example]:
+        """The candidate of every row that is its target."""
+        return [row[right] for row, right in zip(self.candidates, self.gold, strict=True)]
+
     @cached_property
     def num_tokens(self) -> int:
         """Number of tokens of all rows, each with its first candidate."""

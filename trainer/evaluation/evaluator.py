@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trainer.config import Task
 from trainer.data.column_parsers import split_labels
 from trainer.data.label_prefixes import exclusive
 from trainer.data.task_data import EvalSet
@@ -20,7 +21,7 @@ from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.prefetch import prefetched, prepare_batch
 from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
-from trainer.evaluation.generation import generate
+from trainer.evaluation.generation import Generated, generate
 from trainer.evaluation.scoring import Request, Scored, candidate_rows, distilled_rows
 from trainer.evaluation.statistics import ratio_scores
 from trainer.evaluation.stop_criteria import StopCriteria
@@ -254,29 +255,47 @@ class Evaluator:
         Generated text and target are decoded from token ids and cut at their ends in the same way,
         so additions of the chat template or the tokenizer are in both or in neither.
         """
-        task = rows.task
-        stop = StopCriteria.of(self.base.model.generation_config, self.tokenizer, task)
-        examples = [c[right] for c, right in zip(rows.candidates, rows.gold, strict=True)]
-        spans = [example.last_target for example in examples]
-        generated = generate(
+        task, stop = rows.task, self.stop_criteria(rows.task)
+        generated = self.generate_targets(rows, prompt)
+        code = task.metric == "execution"
+        texts = [stop.text(text.ids, skip_special_tokens=code) for text in generated]
+        examples = rows.correct_examples
+        targets = [stop.target(e.input_ids[slice(*e.last_target)]) for e in examples]
+        scores, correct = self._text_scores(rows, texts, targets)
+        return Scored(scores, texts_R=texts, targets_R=targets, correct_R=correct)
+
+    def generate_targets(
+        self,
+        rows: EvalSet,
+        prompt: SoftPrompt | None,
+        advance: Callable[[float], None] | None = None,
+    ) -> list[Generated]:
+        """Generate the target of every row (of a dialogue: the last answer); a collective.
+
+        Args:
+            advance: as in ``score``; None: that of the current ``score``.
+
+        Raises:
+            Stopped: as ``score``.
+        """
+        if advance is not None:
+            self._advance = advance
+        examples = rows.correct_examples
+        return generate(
             self.engine,
             self.base,
-            stop,
-            [e.input_ids[:start] for e, (start, _) in zip(examples, spans, strict=True)],
+            self.stop_criteria(rows.task),
+            [example.input_ids[: example.last_target[0]] for example in examples],
             prompt,
-            task.max_new_tokens,
+            rows.task.max_new_tokens,
             between_batches=self._between_batches,
             max_tokens=GENERATION_BATCHES * self.budget.tokens,
             prompt_at=[example.prompt_at for example in examples],
         )
-        code = task.metric == "execution"
-        texts = [stop.text(ids, skip_special_tokens=code) for ids in generated]
-        targets = [
-            stop.target(example.input_ids[slice(*span)])
-            for example, span in zip(examples, spans, strict=True)
-        ]
-        scores, correct = self._text_scores(rows, texts, targets)
-        return Scored(scores, texts_R=texts, targets_R=targets, correct_R=correct)
+
+    def stop_criteria(self, task: Task) -> StopCriteria:
+        """Return the ends of texts that are generated for a task."""
+        return StopCriteria.of(self.base.model.generation_config, self.tokenizer, task)
 
     def _text_scores(
         self, rows: EvalSet, texts: Sequence[str], targets: Sequence[str]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ from trainer.prompts.soft_prompt import SoftPrompt
 BATCH_ROWS = 64
 
 
+@dataclass(frozen=True)
+class Generated:
+    """A generated text.
+
+    Attributes:
+        ids: its tokens, without the end token.
+        log_probability: natural logarithm of its probability under the base model, the end token or
+            stop string included; penalties of the generation config do not change it.
+    """
+
+    ids: list[int]
+    log_probability: float
+
+
 @torch.no_grad()
 def generate(
     engine: Engine,
@@ -38,7 +53,7 @@ def generate(
     max_tokens: int | None = None,
     prompt_at: Sequence[int] = (),
     around: Callable[[Sequence[int]], AbstractContextManager[object]] = lambda rows: nullcontext(),
-) -> list[list[int]]:
+) -> list[Generated]:
     """Generate the tokens after each input, up to the first end token; a collective.
 
     Rows are split over the ranks. A rank that has finished continues in lockstep with the others,
@@ -54,7 +69,7 @@ def generate(
         around: returns the context in which the rows with these indices are decoded.
 
     Returns:
-        Generated token ids of each row, on every rank; ``stop.text`` decodes them.
+        The generated text of each row, on every rank; ``stop.text`` decodes its ids.
     """
     # Longest first, so that the rows of a batch have similar lengths.
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
@@ -63,7 +78,7 @@ def generate(
         num_virtual = 0 if virtual_tokens is None else virtual_tokens.num_virtual_tokens
         row = max(map(len, inputs), default=0) + num_virtual + max_new_tokens
         batch_size = min(batch_size, max(1, max_tokens // row))
-    generated: dict[int, list[int]] = {}
+    generated: dict[int, Generated] = {}
     with base.unpacked():
         for start in range(0, len(order), batch_size * engine.world_size):
             between_batches(batch_size * engine.world_size if start else 0)
@@ -110,7 +125,7 @@ def _decode(
     virtual_tokens: SoftPrompt | None,
     max_new_tokens: int,
     prompt_at: Sequence[int],
-) -> list[list[int]]:
+) -> list[Generated]:
     num_virtual = 0 if virtual_tokens is None else virtual_tokens.num_virtual_tokens
     token_ids, mask = _left_padded(rows, num_virtual, engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]
@@ -118,9 +133,11 @@ def _decode(
 
     cache = base.new_cache()
     generated: list[list[int]] = [[] for _ in rows]
+    log_probabilities = [0.0] * len(rows)
     unfinished = list(range(len(rows)))
     for _ in range(max_new_tokens):
         logits_BV = base(DecodeStep(token_ids, mask, cache, prompt_at), prompts).logits_BV
+        raw_BV = logits_BV.clone() if penalties[0] else logits_BV
         if penalties[0]:
             # Each row separately, without its padding.
             seen = [
@@ -131,11 +148,16 @@ def _decode(
             logits_BV = torch.cat([penalty(ids, logits) for penalty, ids, logits in rows_BV])
         next_B = logits_BV.argmax(-1)
         tokens = next_B.tolist()
+        added = (raw_BV.gather(1, next_B[:, None])[:, 0] - raw_BV.logsumexp(-1)).tolist()
         for row in unfinished:
             generated[row].append(tokens[row])
+            log_probabilities[row] += added[row]
         unfinished = [row for row in unfinished if not stop.is_completed(generated[row])]
         if not engine.any_rank(bool(unfinished)):
             break
         token_ids = next_B[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-    return [stop.cut(ids) for ids in generated]
+    return [
+        Generated(stop.cut(ids), total)
+        for ids, total in zip(generated, log_probabilities, strict=True)
+    ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import nn
@@ -25,7 +25,10 @@ from trainer.distributed.model_loading import (
 )
 from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
 from trainer.evaluation.generation import generate
+from trainer.evaluation.scoring import Request
 from trainer.inference.engine import close_engine
+from trainer.inference.input_rows import read_rows
+from trainer.inference.predictions import Prediction, encode_rows, predict
 from trainer.inference.requests import GenerationRequest, dialogue_request, text_request
 from trainer.inference.saved_run import SavedRun, TrainedPrompt
 from trainer.inference.trained_prompts import load_prompts
@@ -218,6 +221,49 @@ class InferenceBase:
         answers = self.generate_requests(requests)
         return answers[0] if isinstance(texts, str) else answers
 
+    def score(
+        self,
+        rows: str | Sequence[Mapping[str, Any]],
+        prompt: PromptChoice = None,
+        *,
+        task: str | None = None,
+        use_targets: bool = True,
+    ) -> list[Prediction]:
+        """Predict rows, and compute the likelihoods of their targets if they have any.
+
+        A collective: all ranks receive all predictions, in the order of the rows.
+
+        Args:
+            rows: mappings from the columns of the task to values, or the path of a file of rows.
+            prompt, task: as in ``generate``.
+            use_targets: False: ignore targets, which may then be missing or empty.
+
+        Raises:
+            BadInput: with the problems of all rows, or a name is not known.
+        """
+        trained = self.prompt(prompt)
+        own = self.task(trained, task)
+        position = "front" if trained is None else trained.position
+        values = self.soft_prompt(trained)
+
+        given = self.engine.run_on_all(lambda: read_rows(rows, own, use_targets=use_targets))
+        sets = self.engine.run_on_all(
+            lambda: encode_rows(self.files, self.config, given, [position], self.date)
+        )
+        encoded = sets[position]
+        request = Request(encoded, None if values is None else 0)
+        (made,) = predict(
+            self.evaluator,
+            [request],
+            [] if values is None else [values],
+            has_targets=given.has_targets,
+            skip_special_tokens=own.metric == "execution",
+        )
+        predictions = [Prediction(skipped=True)] * len(encoded.rows)
+        for number, prediction in zip(encoded.row_numbers, made, strict=True):
+            predictions[number] = prediction
+        return predictions
+
     def generate_requests(self, requests: Sequence[GenerationRequest]) -> list[str]:
         """Generate the texts of requests with the same prompt and limit; a collective."""
         if not requests:
@@ -231,7 +277,7 @@ class InferenceBase:
             max_tokens=self.max_batch_tokens,
             prompt_at=[request.prompt_at for request in requests],
         )
-        return [first.stop.text(ids, skip_special_tokens=True).strip() for ids in generated]
+        return [first.stop.text(text.ids, skip_special_tokens=True).strip() for text in generated]
 
     def close(self) -> None:
         """Free the memory of the base and end the engine; other methods fail afterwards."""

@@ -146,7 +146,7 @@ def elicit(
     advance(len(patches) - done)
     engine.end_step()
     for patch, new in zip(patches, generated, strict=True):
-        text = stop.text(new, skip_special_tokens=True).strip()
+        text = stop.text(new.ids, skip_special_tokens=True).strip()
         layers_used = patch.source, patch.target
         described[patch.prompt].append(Description(layers_used, patch.with_examples, text))
     return described
