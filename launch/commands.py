@@ -20,6 +20,7 @@ from launch import (
     messages,
     node,
     plan_command,
+    predict_command,
     preflight,
     restarts,
     scaffold_commands,
@@ -341,6 +342,7 @@ def sync(
 
 
 app.command(epilog=EXIT_CODES)(evaluate_command.evaluate)
+app.command(epilog=EXIT_CODES)(predict_command.predict)
 app.command(epilog=EXIT_CODES)(inspect_command.inspect)
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
 app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusCommand)(

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,17 @@ def check_remote(arguments: Sequence[str]) -> None:
 def local_command(module: str, devices: Devices, port: int) -> list[str]:
     """Return the command that runs a module once per device of this machine."""
     return _per_node(module, {"localhost": devices.ids}, 0, "127.0.0.1", port)
+
+
+def direct_command(
+    module: str, devices: Devices, environ: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment that run a module as the only rank, without a launcher."""
+    own = {k: v for k, v in environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if devices.kind == "cuda":
+        own["CUDA_VISIBLE_DEVICES"] = str(devices.ids[0])
+    options = ("--parent-death=SIGTERM", "--arguments-in-environment", module)
+    return [sys.executable, "-u", bootstrap.FILE, *options], own
 
 
 def place_command(module: str, place: Place, devices: Devices) -> list[str]:

@@ -16,10 +16,15 @@ def start_ranks(
     output_dir: str,
     ranks_per_host: int | None,
     hostfile: str | None,
+    *,
+    direct: bool = False,
 ) -> ExitReport:
     """Run a module on all devices of this machine, or on the hosts of a hostfile over ssh.
 
-    ``ranks_per_host`` is None for one rank per GPU, or for the slots of the hostfile.
+    Args:
+        ranks_per_host: None for one rank per GPU, or for the slots of the hostfile.
+        direct: start a single rank without the DeepSpeed launcher, which saves seconds. The module
+            opens its engine with ``trainer.inference.engine.open_engine``.
     """
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
     hosts = launcher_command.read_hostfile(hostfile) if hostfile else []
@@ -43,11 +48,16 @@ def start_ranks(
     log = preflight.open_log(output_dir, log_name)
     where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
     messages.note(f"starting {count(len(devices.ids), 'process')} on {where}; logs: {log.parent}")
-    messages.note(launcher_command.by_hand(module, arguments, devices, None))
+    direct = direct and len(devices.ids) == 1
+    if not direct:
+        messages.note(launcher_command.by_hand(module, arguments, devices, None))
     cores = len(os.sched_getaffinity(0))
     environment = launcher_command.environment(os.environ, devices, cores, arguments)
 
     def start() -> ExitReport:
+        if direct:
+            command, own = launcher_command.direct_command(module, devices, environment)
+            return launcher_process.run_local(command, own, log, module, 1)
         command = launcher_command.local_command(module, devices, launcher_command.free_port())
         return launcher_process.run_local(command, environment, log, module, len(devices.ids))
 

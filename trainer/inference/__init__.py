@@ -3,7 +3,7 @@
 1. ``saved_run``: output folder of a run -> ``SavedRun`` with its ``TrainedPrompt``s; no torch
 2. ``loaded_base``: ``SavedRun`` or a model -> ``InferenceBase``: the sharded base on this rank,
    which encodes requests, generates texts and scores rows
-3. ``unlabeled_rows``: rows without targets -> rows with placeholders that no result depends on
+3. ``input_rows``: file or rows in memory, with or without targets -> ``InputRows``; no torch
 4. ``predictions``: rows and prompts -> ``Prediction`` per row and prompt, with the scoring and the
    generation of ``evaluation``
 5. ``stream.StreamingDecoder``: ``GenerationRequest`` and ``Sampling`` -> ``Piece`` after ``Piece``,

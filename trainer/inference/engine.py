@@ -10,20 +10,16 @@ import torch.distributed as dist
 
 from trainer.distributed.deepspeed_engine import Engine
 
-#: Variable that every launcher of several ranks sets.
-LAUNCHED = "WORLD_SIZE"
-#: Whether a launcher started this process; ``Engine`` sets the variable in every process.
-_is_launched = LAUNCHED in os.environ
 #: Open engines of this process, which share one process group.
 _open: list[Engine] = []
 
 
 def open_engine(timeout_seconds: int) -> Engine:
-    """Open the engine of this rank. A process that no launcher started is the only rank.
+    """Open the engine of this rank; without a launcher, of the only rank.
 
     Several engines may be open in one process; ``close_engine`` closes them.
     """
-    if not _is_launched and not dist.is_initialized():
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not dist.is_initialized():
         # In memory: needs no port, which another process may use.
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",

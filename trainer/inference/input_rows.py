@@ -112,8 +112,8 @@ def read_rows(
     has_targets = use_targets and all(_has_targets(file, task) for file in files)
     problems, ingested = [], list[IngestedFile]()
     for file in files:
-        found, rows = _ingest(file, task, on_rows, has_targets=has_targets)
-        problems.append(found)
+        of_file, rows = _ingest(file, task, on_rows, has_targets=has_targets)
+        problems.append(of_file)
         ingested += [rows] if rows is not None else []
     if lines := merge_problems(problems):
         raise BadInput(dict.fromkeys(lines))

@@ -1,4 +1,4 @@
-"""The loaded base with the prompts of a run: encodes requests, generates texts, scores rows."""
+"""A base with the prompts of a run: encodes requests, generates texts, scores rows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def settings_of(base: Base) -> RunConfig:
 
 @dataclass
 class InferenceBase:
-    """A base on this rank and the prompts that it can use; see ``load_inference_base``.
+    """A base on this rank and the prompts that it can use; see ``OpenedBase.load``.
 
     Attributes:
         config: of the run, or from ``settings_of``.
@@ -291,21 +291,41 @@ class InferenceBase:
         self.close()
 
 
-def load_inference_base(
+@dataclass(frozen=True)
+class OpenedBase:
+    """A base whose files are open and checked, but whose weights are not loaded.
+
+    Attributes:
+        config, run, date: as of ``InferenceBase``.
+    """
+
+    engine: Engine
+    files: BaseFiles
+    config: RunConfig
+    run: SavedRun | None
+    date: datetime.date | None
+
+    def load(self, console: Console) -> InferenceBase:
+        """Load the weights; a collective."""
+        loaded = load_base(self.engine, self.files, self.config, console)
+        return InferenceBase(self.engine, self.files, self.config, loaded, self.run, self.date)
+
+
+def open_inference_base(
     engine: Engine,
     source: SavedRun | Base,
     console: Console,
     *,
     prompts: Sequence[TrainedPrompt] = (),
     digests: Mapping[str, str] | None = None,
-) -> InferenceBase:
-    """Open and load a base on all ranks; a collective.
+) -> OpenedBase:
+    """Open the files of a base on all ranks; a collective.
 
     Args:
-        source: a run whose base is loaded, or the settings of a base.
-        prompts: prompts that are read and checked before the base is loaded.
+        source: a run whose base is opened, or the settings of a base.
+        prompts: prompts that are read and checked.
         digests: of the base that the prompts were trained for, by part, as from
-            ``fingerprint_base``; None: not compared.
+            ``fingerprint_base``; None or empty: not compared.
 
     Raises:
         BadInput: on all ranks, if the base or a prompt is missing, damaged, or does not fit.
@@ -326,5 +346,4 @@ def load_inference_base(
             )
     engine.run_on_all(lambda: load_prompts([p.folder for p in prompts], files, torch.device("cpu")))
     date = engine.run_on_main(lambda: None if run is None else read_chat_date(run.folder))
-    loaded = load_base(engine, files, config, console)
-    return InferenceBase(engine, files, config, loaded, run, date)
+    return OpenedBase(engine, files, config, run, date)

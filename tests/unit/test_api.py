@@ -1,0 +1,200 @@
+"""The Python API equals PEFT, transformers and the trainer's own evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.unit.saved_run import LABELS, ROWS, TINY, save_run
+from trainer.api import BadInput, Run, load_base, load_run
+from trainer.data.dataset import RowDataset
+from trainer.evaluation.prediction_records import scored_columns
+from trainer.evaluation.scoring import Request
+from trainer.inference.input_rows import read_rows
+from trainer.inference.loaded_base import InferenceBase
+from trainer.inference.predictions import encode_rows
+
+TEXTS = [row["text"] for row in ROWS]
+UNLABELED = [{"text": text} for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return load_run(save_run(tmp_path_factory.mktemp("run") / "out"))
+
+
+@pytest.fixture(scope="module")
+def base(run: Run) -> Iterator[InferenceBase]:
+    with patch.dict(os.environ), load_base(run) as base:
+        yield base
+
+
+def log_likelihoods(run: Run, name: str, text: str) -> list[float]:
+    """Those of all choices of a row after a prompt, computed by PEFT."""
+    model: Any = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(TINY), run.prompts[name].folder
+    ).eval()
+    tokenizer = load_tokenizer()
+    input_ids = tokenizer(f"{text}\nAnswer:")["input_ids"]
+    values = []
+    for label in LABELS:
+        target = tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[*input_ids, *target, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        logits = logits[-len(target) - 2 : -1].log_softmax(-1)
+        values.append(logits.gather(1, ids[0, -len(target) - 1 :, None]).sum().item())
+    return values
+
+
+def load_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+def test_a_run_lists_its_finished_prompts(run: Run) -> None:
+    assert list(run.prompts) == ["short", "long", "words"]
+    prompt = run.prompts["short"]
+    assert (prompt.task.name, prompt.method, prompt.num_virtual_tokens) == (
+        *("triage", "prompt_tuning"),
+        3,
+    )
+    assert prompt.tensor.shape == (3, 128)
+    assert prompt.scores == {"validation_accuracy": 0.75}
+    assert run.summary is not None
+    assert run.summary.steps == 4
+
+
+def test_scores_equal_those_of_peft(run: Run, base: InferenceBase) -> None:
+    (made,) = base.score(ROWS[1:2], "long")
+    expected = log_likelihoods(run, "long", TEXTS[1])
+    assert made.scores is not None
+    assert list(made.scores) == LABELS
+    torch.testing.assert_close([*made.scores.values()], expected, rtol=0, atol=1e-4)
+    assert made.prediction == LABELS[expected.index(max(expected))]
+    assert made.log_probability == max(made.scores.values())
+    assert made.nll == pytest.approx(-expected[1], abs=1e-4)
+    assert made.probabilities is not None
+    assert sum(made.probabilities.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["short", "words"])
+def test_predictions_equal_those_of_an_evaluation(run: Run, base: InferenceBase, name: str) -> None:
+    prompt, values = run.prompts[name], base.soft_prompt(name)
+    assert values is not None
+    given = read_rows(ROWS, prompt.task)
+    assert isinstance(given.rows, RowDataset)
+    rows = encode_rows(base.files, base.config, given, ["front"], None)["front"]
+    (scored,) = base.evaluator.score([Request(rows, 0)], [values])
+    columns = scored_columns(rows, scored)
+    made = base.score(ROWS, name)
+    assert [prediction.prediction for prediction in made] == columns["prediction"]
+    torch.testing.assert_close([prediction.nll for prediction in made], columns["loss"])
+
+
+@pytest.mark.parametrize("name", ["short", "words"])
+def test_predictions_do_not_depend_on_targets(base: InferenceBase, name: str) -> None:
+    labeled, unlabeled = base.score(ROWS, name), base.score(UNLABELED, name)
+    assert [a.prediction for a in labeled] == [b.prediction for b in unlabeled]
+    torch.testing.assert_close(
+        [a.log_probability for a in labeled], [b.log_probability for b in unlabeled]
+    )
+    assert {b.nll for b in unlabeled} == {None}
+    empty = [{**row, "label": ""} for row in ROWS]
+    ignored = base.score(empty, name, use_targets=False)
+    assert [a.prediction for a in ignored] == [b.prediction for b in unlabeled]
+
+
+def test_generated_text_equals_that_of_transformers(run: Run, base: InferenceBase) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(TINY)
+    tokenizer, prompt_PH = load_tokenizer(), run.prompts["words"].tensor
+    expected = []
+    for text in TEXTS:
+        ids = torch.tensor(tokenizer(f"{text}\nAnswer:")["input_ids"])
+        embeds = torch.cat([prompt_PH, model.get_input_embeddings()(ids)])[None]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
+        with torch.no_grad():
+            output = model.generate(
+                inputs_embeds=embeds, attention_mask=mask, do_sample=False, max_new_tokens=6
+            )
+        expected.append(tokenizer.decode(output[0], skip_special_tokens=True).strip())
+    assert all(expected)
+    assert base.generate(TEXTS, "words") == expected
+    assert base.generate(TEXTS[0], "words") == expected[0]
+    assert base.generate(TEXTS[0], run.prompts["words"]) == expected[0]
+
+
+def test_the_probability_of_a_generated_text_is_that_of_its_tokens(base: InferenceBase) -> None:
+    (made,) = base.score(UNLABELED[:1], "words")
+    request = base.text_request(TEXTS[0], "words")
+    assert isinstance(made.prediction, str)
+    tokenizer = load_tokenizer()
+    model: Any = AutoModelForCausalLM.from_pretrained(TINY)
+    assert request.prompt is not None
+    ids = [*request.input_ids]
+    total = 0.0
+    for _ in range(request.max_new_tokens):
+        embeds = torch.cat(
+            [request.prompt.tensor, model.get_input_embeddings()(torch.tensor(ids))]
+        )[None]
+        with torch.no_grad():
+            logits = model(inputs_embeds=embeds).logits[0, -1].log_softmax(-1)
+        total += logits.max().item()
+        ids.append(int(logits.argmax()))
+        if ids[-1] in request.stop.token_ids:
+            break
+    assert tokenizer.decode(ids[len(request.input_ids) :]).startswith(made.prediction)
+    assert made.log_probability == pytest.approx(total, abs=1e-3)
+
+
+def test_several_bases_are_open_in_one_process(base: InferenceBase) -> None:
+    before = base.generate(TEXTS[0], "words")
+    with load_base(TINY) as other:
+        assert isinstance(other.generate(TEXTS[0], max_new_tokens=3), str)
+        with pytest.raises(BadInput, match="loaded without a run"):
+            other.generate(TEXTS[0], "words")
+    assert base.generate(TEXTS[0], "words") == before
+
+
+def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) -> None:
+    with pytest.raises(BadInput, match=r"no prompt 'shrt' \(did you mean 'short'\?\)"):
+        base.generate("A cough.", "shrt")
+    with pytest.raises(BadInput, match="prompt 'unfinished' is not saved yet"):
+        run.prompts["unfinished"]
+    with pytest.raises(BadInput, match="without a prompt, name one of triage, free"):
+        base.generate("A cough.")
+    with pytest.raises(BadInput, match="leaves no room"):
+        base.generate("A cough.", "short", max_new_tokens=100_000)
+    with pytest.raises(BadInput, match="rows: row 2: label: 'none' is not one of"):
+        base.score([ROWS[0], {"text": "x", "label": "none"}], "short")
+    with pytest.raises(BadInput, match="no column 'text'"):
+        base.score([{"note": "x"}], "short")
+
+
+def test_folders_without_prompts_are_refused(tmp_path: Path, run: Run) -> None:
+    with pytest.raises(BadInput, match="no such folder"):
+        load_run(tmp_path / "missing")
+    with pytest.raises(BadInput, match=r"has no run\.yaml"):
+        load_run(tmp_path)
+    (tmp_path / "run.yaml").write_bytes((run.folder / "run.yaml").read_bytes())
+    with pytest.raises(BadInput, match="has no finished prompt"):
+        load_run(tmp_path)
+
+
+def test_a_base_with_other_content_is_refused(tmp_path: Path, run: Run) -> None:
+    folder = save_run(tmp_path / "out")
+    state = {"identity": {"base.model, its weights": "0" * 64}}
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000004" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadInput, match="is not the base that the prompts were trained for"):
+        load_base(load_run(folder))
