@@ -24,6 +24,7 @@ from launch import (
     preflight,
     restarts,
     scaffold_commands,
+    serve_command,
     settings_commands,
     slurm_commands,
     status_commands,
@@ -344,6 +345,7 @@ def sync(
 app.command(epilog=EXIT_CODES)(evaluate_command.evaluate)
 app.command(epilog=EXIT_CODES)(predict_command.predict)
 app.command(epilog=EXIT_CODES)(inspect_command.inspect)
+app.command(epilog=EXIT_CODES)(serve_command.serve)
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)
 app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusCommand)(
     status_commands.status

@@ -71,12 +71,12 @@ def generated(folder: Path, requests: Sequence[GenerationRequest]) -> list[str]:
     base = load_unsharded(folder, "int8")
     texts = []
     for request in requests:
-        (ids,) = generate(
+        (generated,) = generate(
             *(OneRank(), base, request.stop, [request.input_ids], request.prompt),
             request.max_new_tokens,
             prompt_at=[request.prompt_at],
         )
-        texts.append(request.stop.text(ids, skip_special_tokens=True))
+        texts.append(request.stop.text(generated.ids, skip_special_tokens=True))
     return texts
 
 

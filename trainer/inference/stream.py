@@ -117,8 +117,8 @@ class StreamingDecoder:
         on_end: Callable[[BaseException | None], object] = lambda error: None,
     ) -> None:
         self._engine, self._base, self._prompts = engine, base, list(prompts)
-        self._schedule = Schedule(limits or Limits(), engine.world_size)
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
+        self._schedule = Schedule(self.limits, engine.world_size)
         self._on_end = on_end
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -161,7 +161,7 @@ class StreamingDecoder:
             if self._closing:
                 stream.end("failed" if self.failure else "cancelled")
                 return stream
-            if len(self._waiting) >= self._limits.waiting:
+            if len(self._waiting) >= self.limits.waiting:
                 raise Busy
             self._waiting.append(stream)
             self._changed.notify()

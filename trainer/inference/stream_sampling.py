@@ -20,6 +20,9 @@ from transformers import (
 
 from trainer.model.generation_config import logits_processors
 
+#: A lower temperature is 0: the largest logits, divided by it, could become infinite.
+MIN_TEMPERATURE = 0.01
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -73,7 +76,7 @@ class TokenChooser:
         self._penalties = logits_processors(model, input_ids, max_new_tokens, device)
         self._warpers = LogitsProcessorList()
         self._random: torch.Generator | None = None
-        if sampling.temperature > 0:
+        if sampling.temperature >= MIN_TEMPERATURE:
             self._random = torch.Generator(device)
             seed = sampling.seed
             self._random.manual_seed(secrets.randbits(63) if seed is None else seed)
@@ -100,6 +103,8 @@ class TokenChooser:
         for processors in (self._penalties, self._warpers):
             if processors:
                 scores_1V = processors(ids_1T, scores_1V)
-        if self._random is None:
+        probabilities_1V = scores_1V.softmax(-1)
+        # A prompt that has diverged gives NaN, for which sampling would raise an error.
+        if self._random is None or not bool(probabilities_1V.isfinite().all()):
             return int(scores_1V.argmax(-1))
-        return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self._random))
+        return int(torch.multinomial(probabilities_1V, 1, generator=self._random))
