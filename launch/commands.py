@@ -15,6 +15,7 @@ from launch import (
     completion,
     evaluate_command,
     example_commands,
+    export_command,
     inspect_command,
     lint_command,
     messages,
@@ -290,28 +291,6 @@ def prepare(
 
 
 @app.command(epilog=EXIT_CODES)
-def export(
-    run_dir: RunDir,
-    out: NewFolder,
-    encoder: Annotated[
-        str, option("NAME", "Name of a shared encoder, or of a prompt with `encoder: text`.")
-    ],
-    text: Annotated[str, option("TEXT", "Description of the new task.")],
-) -> None:
-    """Turn a new task description into a prompt with a trained text encoder (no training).
-
-    OUT becomes a PEFT adapter. Uses the encoder from the best validation step (or the latest
-    checkpoint). Only the needed word embeddings are read from the base model.
-
-    **Example:** `promptshard export runs/notes urgency --encoder reader --text "Is it urgent?"`
-    """
-    preflight.check_result(run_dir)
-    # --name=VALUE as one argument: a text may start with a dash
-    options = [f"--encoder={encoder}", f"--text={text}"]
-    raise typer.Exit(run_alone("trainer.commands.export", [*options, "--", run_dir, out]))
-
-
-@app.command(epilog=EXIT_CODES)
 def sync(
     run_dir: RunDir,
     uri: Annotated[
@@ -356,6 +335,7 @@ app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
 app.command(epilog=EXIT_CODES)(example_commands.example)
 app.command(epilog=EXIT_CODES)(lint_command.lint)
 app.command(epilog=EXIT_CODES)(plan_command.plan)
+app.command(epilog=EXIT_CODES)(export_command.export)
 app.command(epilog=EXIT_CODES)(settings_commands.settings)
 app.command(epilog=EXIT_CODES)(settings_commands.schema)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 
 from trainer.config import reference, yaml_source
+from trainer.prompts.formats.target_names import TARGET_NAMES
 
 Completion = Callable[[typer.Context, str], list[str]]
 #: Maximum number of words and of folder entries, so that completion is fast everywhere.
@@ -58,6 +59,12 @@ def prompt_names(ctx: typer.Context, incomplete: str) -> Iterator[str]:
         prompts = Path(folder, "prompts")
         if prompts.is_dir():
             yield from sorted(os.listdir(prompts))
+
+
+@_completion
+def export_targets(ctx: typer.Context, incomplete: str) -> Iterator[str]:
+    """Yield the targets of ``promptshard export --to``."""
+    yield from TARGET_NAMES
 
 
 @_completion

@@ -1,7 +1,8 @@
-"""``python -m trainer.commands.export RUN_DIR OUT --encoder NAME --text TEXT``.
+"""``python -m trainer.commands.export RUN_DIR OUT``, with one of two sets of options.
 
-Encodes a new text into virtual tokens with a trained text encoder. Nothing is trained, and only the
-embeddings of the text's tokens are read from the base model.
+``--encoder NAME --text TEXT`` encodes a new text into virtual tokens with a trained text encoder.
+Nothing is trained, and only the embeddings of the text's tokens are read from the base model.
+``--prompt NAME --to TARGET`` is in ``export_prompt``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.saved_state import problem_of_encoders
+from trainer.commands.export_prompt import export_prompt
 from trainer.config import Prompt, RunConfig, load_output
 from trainer.model.checkpoint_files import BaseFiles, open_base, portable_name
 from trainer.model.embedding_lookup import read_token_embeddings
@@ -142,12 +144,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="promptshard export")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--encoder", required=True)
-    parser.add_argument("--text", required=True)
+    for option in ("--encoder", "--text", "--prompt", "--to", "--peft-type"):
+        parser.add_argument(option)
     given = parser.parse_args()
     console = Console(sys.stdout, sys.stderr)
     try:
-        export_text(given.run_dir, given.out, given.encoder, given.text, console)
+        if given.prompt is not None:
+            export_prompt(
+                *(given.run_dir, given.out, given.prompt, given.to, given.peft_type), console
+            )
+        else:
+            export_text(given.run_dir, given.out, given.encoder, given.text, console)
     except BadInput as error:
         for problem in error.problems:
             console.error(problem)

@@ -255,6 +255,14 @@ def reads_date(tokenizer: Any) -> bool:
     return _DATE in str(getattr(tokenizer, "chat_template", None))
 
 
+def dated_template(tokenizer: Any, date: datetime.date | None) -> str | None:
+    """Return the tokenizer's chat template reading ``date``; None if it does not read the date."""
+    source = tokenizer.chat_template
+    if not isinstance(source, str) or date is None or not reads_date(tokenizer):
+        return None
+    return _with_date(source, date)
+
+
 @cache
 def _with_date(source: str, date: datetime.date) -> str:
     """Add the macro to a template that makes it read midnight of ``date`` as the current time."""
