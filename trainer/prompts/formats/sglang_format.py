@@ -27,7 +27,7 @@ Start the server:
 python -m sglang.launch_server --model-path {base}{revision} --disable-radix-cache
 ```
 
-Ask it. The script needs transformers, safetensors and torch; it reads rows of the base's embedding
+Send a text. The script needs transformers, safetensors and torch; it reads rows of the base's embedding
 table and sends the embeddings of the complete input:
 
 ```bash

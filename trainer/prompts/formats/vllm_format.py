@@ -42,7 +42,7 @@ Start the server:
 {serve}
 ```
 
-Ask it. The script needs transformers, safetensors and torch. It reads rows of the base's embedding
+Send a text. The script needs transformers, safetensors and torch. It reads rows of the base's embedding
 table, embeds the complete input{templated}, and sends it to the Completions API:
 
 ```bash

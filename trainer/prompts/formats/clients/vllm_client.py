@@ -1,4 +1,4 @@
-"""Ask a vLLM server with a soft prompt. Written by ``promptshard export --to vllm``.
+"""Send a text with a soft prompt to a vLLM server. Written by ``promptshard export --to vllm``.
 
     python vllm_client.py "text" [--chat] [--url http://localhost:8000]
 
@@ -46,6 +46,11 @@ def chat_body(stream: PromptStream, request: Request, model: str) -> dict[str, A
     The content of the turn with the virtual tokens is one part with the embeddings of all its
     tokens. Raises ``ValueError`` if the server would not read the tokens of ``stream``.
     """
+    if not stream.settings["chat"]:
+        raise ValueError(
+            "the Chat API applies a chat template, and this prompt was trained without one; leave "
+            "--chat out"
+        )
     messages = stream.messages(request)
     number = next((i for i, turn in enumerate(messages) if MARK in json_text(turn)), None)
     if number is None:
