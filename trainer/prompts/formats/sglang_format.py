@@ -27,8 +27,8 @@ Start the server:
 python -m sglang.launch_server --model-path {base}{revision} --disable-radix-cache
 ```
 
-Send a text. The script needs transformers, safetensors and torch; it reads rows of the base's embedding
-table and sends the embeddings of the complete input:
+Send a text. The script needs transformers, safetensors and torch; it reads rows of the base's
+embedding table and sends the embeddings of the complete input:
 
 ```bash
 python sglang_client.py "..." --url http://localhost:30000

@@ -42,8 +42,8 @@ Start the server:
 {serve}
 ```
 
-Send a text. The script needs transformers, safetensors and torch. It reads rows of the base's embedding
-table, embeds the complete input{templated}, and sends it to the Completions API:
+Send a text. The script needs transformers, safetensors and torch. It reads rows of the base's
+embedding table, embeds the complete input{templated}, and sends it to the Completions API:
 
 ```bash
 python vllm_client.py "..." --url http://localhost:8000
