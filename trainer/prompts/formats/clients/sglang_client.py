@@ -1,4 +1,4 @@
-"""Send a text with a soft prompt to an SGLang server. Written by ``promptshard export --to sglang``.
+"""Send a text with a soft prompt to an SGLang server, from ``promptshard export --to sglang``.
 
     python sglang_client.py "text" [--url http://localhost:30000]
 
