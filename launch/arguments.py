@@ -56,6 +56,10 @@ Processes = Annotated[
     int | None,
     option("N", "Processes on this machine, one per GPU. [default: all visible GPUs, or 2 on CPU]"),
 ]
+InferenceProcesses = Annotated[
+    int | None,
+    option("N", "Processes on this machine, one per GPU. [default: all visible GPUs, or 1 on CPU]"),
+]
 Fresh = Annotated[
     bool,
     typer.Option("--fresh", help="Start over; move an earlier run in output_dir out of the way."),

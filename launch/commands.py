@@ -12,10 +12,10 @@ import typer
 
 from launch import (
     __version__,
-    completion,
     evaluate_command,
     example_commands,
     export_command,
+    generate_command,
     inspect_command,
     lint_command,
     messages,
@@ -231,42 +231,6 @@ def validate(
 
 
 @app.command(epilog=EXIT_CODES)
-def generate(
-    run_dir: RunDir,
-    prompt: Annotated[
-        str, option("NAME", "Name of the prompt.", autocompletion=completion.prompt_names)
-    ],
-    text: Annotated[
-        str,
-        option(
-            "TEXT",
-            "Input text. Filled into the task's input template if that has exactly one column; "
-            "otherwise used verbatim.",
-            "--input",
-        ),
-    ],
-    max_new_tokens: Annotated[
-        int | None, option("N", "Maximum number of tokens. [default: the task's]", min=1)
-    ] = None,
-    processes: Processes = None,
-) -> None:
-    """Generate text with a trained prompt.
-
-    Stdout gets the text and nothing else. It ends at an end token of the base model's
-    generation_config.json, at EOS if the task has append_eos, or before a string of the task's
-    stop.
-
-    **Example:** `promptshard generate runs/quickstart --prompt triage --input "Chest pain."`
-    """
-    preflight.check_result(run_dir, prompt)
-    # --name=VALUE as one argument: a text may start with a dash
-    arguments = [run_dir, f"--prompt={prompt}", f"--input={text}"]
-    if max_new_tokens is not None:
-        arguments.append(f"--max-new-tokens={max_new_tokens}")
-    _exit_with(start_ranks("trainer.commands.generate", arguments, run_dir, processes, None))
-
-
-@app.command(epilog=EXIT_CODES)
 def prepare(
     base: Annotated[str, path_argument("BASE", "A model's folder or hub id.")],
     out: NewFolder,
@@ -323,6 +287,7 @@ def sync(
 
 app.command(epilog=EXIT_CODES)(evaluate_command.evaluate)
 app.command(epilog=EXIT_CODES)(predict_command.predict)
+app.command(epilog=EXIT_CODES)(generate_command.generate)
 app.command(epilog=EXIT_CODES)(inspect_command.inspect)
 app.command(epilog=EXIT_CODES)(serve_command.serve)
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from launch import completion, messages, preflight
-from launch.arguments import Processes, RunDir, as_path, option
+from launch.arguments import InferenceProcesses, RunDir, as_path, option
 from launch.start import start_ranks
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
@@ -45,7 +45,7 @@ def predict(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Replace FILE.jsonl; predict all rows again.")
     ] = False,
-    processes: Processes = None,
+    processes: InferenceProcesses = None,
 ) -> None:
     """Predict the rows of a file with trained prompts.
 

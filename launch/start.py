@@ -23,8 +23,9 @@ def start_ranks(
 
     Args:
         ranks_per_host: None for one rank per GPU, or for the slots of the hostfile.
-        direct: start a single rank without the DeepSpeed launcher, which saves seconds. The module
-            opens its engine with ``trainer.inference.engine.open_engine``.
+        direct: start a single rank without the DeepSpeed launcher, which saves seconds; the default
+            without a GPU is one rank. The module opens its engine with
+            ``trainer.inference.engine.open_engine``.
     """
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
     hosts = launcher_command.read_hostfile(hostfile) if hostfile else []
@@ -42,6 +43,8 @@ def start_ranks(
     gpus = launcher_command.visible_gpus(
         launcher_command.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     )
+    if direct and not gpus and ranks_per_host is None:
+        ranks_per_host = 1
     devices = launcher_command.choose_devices(
         slots if ranks_per_host is None else ranks_per_host, gpus
     )

@@ -288,7 +288,7 @@ def test_generate(two_ranks: Path, tmp_path: Path, name: str) -> None:
     one = one_process("trainer.commands.generate", *arguments)
     answer = one.stdout.splitlines()[-1]
     if name == "soft":
-        done = promptshard("generate", *arguments)
+        done = promptshard("generate", *arguments, "--processes", "2")
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout == answer + "\n", "stdout is the answer and nothing else"
     else:

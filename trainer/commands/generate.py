@@ -11,12 +11,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer import config as run_file
-from trainer.config import RunConfig
-from trainer.data.tokenization.chat_template import read_chat_date
+from trainer.inference.saved_run import open_run
 from trainer.runtime.console import Console
-from trainer.runtime.errors import BadInput
-from trainer.runtime.process import die_with_parent, flush_and_exit
+from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_guarded
 
 
@@ -26,59 +23,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(args.run_dir)
 
     def program(console: Console) -> None:
-        config = run_file.load(folder / "run.yaml")
-        _generate(config, folder, args.prompt, args.input, args.max_new_tokens, console)
+        _generate(folder, args.prompt, args.input, args.max_new_tokens, console)
 
     return run_guarded(int(os.environ.get("RANK", "0")), folder / "logs", program, answers=True)
 
 
 def _generate(
-    config: RunConfig,
-    folder: Path,
-    name: str,
-    text: str,
-    max_new_tokens: int | None,
-    console: Console,
+    folder: Path, name: str, text: str, max_new_tokens: int | None, console: Console
 ) -> None:
-    with console.phase("importing torch, transformers and deepspeed", announce=True):
-        from trainer.data.tokenization.tokenize import encode_request
-        from trainer.distributed.deepspeed_engine import Engine
-        from trainer.distributed.model_loading import load_base, open_base_on_all
-        from trainer.evaluation.generation import generate
-        from trainer.evaluation.stop_criteria import StopCriteria
-        from trainer.prompts.peft_adapter import load_peft
+    run = open_run(folder)
+    (prompt,) = run.selected([name])
+    phase = console.phase("importing torch, transformers and deepspeed", announce=True)
+    with phase, fast_imports():
+        from trainer.api import base_digests
+        from trainer.inference.engine import close_engine, open_engine
+        from trainer.inference.loaded_base import open_inference_base
 
-    prompt = next((prompt for prompt in config.prompts if prompt.name == name), None)
-    if prompt is None:
-        known = ", ".join(prompt.name for prompt in config.prompts)
-        raise BadInput(f"--prompt: {folder} has no prompt {name!r}; known: {known}")
-    task = config.task(prompt.task)
-
-    engine = Engine(config.engine.timeout_seconds)
-    files = open_base_on_all(engine, config.base, console)
-    input_ids, prompt_at = encode_request(
-        *(files.tokenizer, task, text), position=prompt.position, date=read_chat_date(folder)
-    )
-    limit = max_new_tokens or task.max_new_tokens
-    room = files.context_length - prompt.num_virtual_tokens - limit
-    if room < 1:
-        raise BadInput(
-            f"--max-new-tokens: {limit} leaves no room for an input in the context of "
-            f"{files.context_length} tokens; lower it"
-        )
-    if not 0 < len(input_ids) <= room:
-        raise BadInput(
-            f"--input: has {len(input_ids)} tokens, but must have 1 to {room}, because {limit} new "
-            "ones follow; shorten it or lower --max-new-tokens"
-        )
-    virtual_tokens = load_peft(folder / "prompts" / name).to(engine.device)
-    loaded = load_base(engine, files, config, console)
-    stop = StopCriteria.of(files.generation, files.tokenizer, task)
-    (generated,) = generate(
-        *(engine, loaded.model, stop, [input_ids], virtual_tokens, limit), prompt_at=[prompt_at]
-    )
-    console.answer(stop.text(generated.ids, skip_special_tokens=True).strip())
-    engine.close()
+    engine = open_engine(run.config.engine.timeout_seconds)
+    digests = engine.run_on_main(lambda: base_digests(run.folder))
+    opened = open_inference_base(engine, run, console, prompts=[prompt], digests=digests)
+    request = engine.run_on_all(lambda: opened.text_request(text, prompt, max_new_tokens))
+    base = opened.load(console)
+    (answer,) = base.generate_requests([request])
+    console.answer(answer)
+    close_engine(engine)
 
 
 def _parser() -> argparse.ArgumentParser:

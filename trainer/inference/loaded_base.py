@@ -305,6 +305,14 @@ class OpenedBase:
     run: SavedRun | None
     date: datetime.date | None
 
+    def text_request(
+        self, text: str, prompt: TrainedPrompt, max_new_tokens: int | None = None
+    ) -> GenerationRequest:
+        """Make a request before the weights are loaded; raises as ``requests.text_request``."""
+        (values,) = load_prompts([prompt.folder], self.files, self.engine.device)
+        place = prompt.position
+        return text_request(self.files, prompt.task, text, values, place, max_new_tokens, self.date)
+
     def load(self, console: Console) -> InferenceBase:
         """Load the weights; a collective."""
         loaded = load_base(self.engine, self.files, self.config, console)

@@ -24,7 +24,7 @@ PROMPTS = "prompts"
 _MAX_NAMES = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedPrompt:
     """One trained prompt of a run.
 
@@ -40,6 +40,12 @@ class TrainedPrompt:
     settings: Prompt
     scores: dict[str, float]
     folder: Path
+
+    def __repr__(self) -> str:
+        key = f"validation_{self.task.metric}"
+        score = f", {key} {self.scores[key]:.4g}" if key in self.scores else ""
+        size = f"{self.num_virtual_tokens} virtual tokens"
+        return f"<prompt {self.name!r}: task {self.task.name!r}, {self.method}, {size}{score}>"
 
     @property
     def method(self) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +37,20 @@ def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) ->
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, ending)
     if os.getppid() != parent:  # the parent died before the call of prctl
         os.kill(os.getpid(), ending)
+
+
+@contextmanager
+def fast_imports() -> Iterator[None]:
+    """Import without garbage collection, which saves a fifth of the time to import torch.
+
+    Python would search all objects of the imported modules again and again; they stay excluded.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def mark_finished() -> None:

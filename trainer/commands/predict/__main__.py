@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from trainer.commands.predict.plan import parse
 from trainer.runtime.console import Console
-from trainer.runtime.process import die_with_parent, flush_and_exit
+from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_guarded
 
 
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     die_with_parent()
 
     def program(console: Console) -> None:
-        with console.phase("importing torch, transformers and deepspeed", announce=True):
+        phase = console.phase("importing torch, transformers and deepspeed", announce=True)
+        with phase, fast_imports():
             from trainer.commands.predict.program import run_predict
         run_predict(options, console)
 
