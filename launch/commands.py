@@ -12,6 +12,7 @@ import typer
 
 from launch import (
     __version__,
+    chat_command,
     evaluate_command,
     example_commands,
     export_command,
@@ -288,6 +289,7 @@ def sync(
 app.command(epilog=EXIT_CODES)(evaluate_command.evaluate)
 app.command(epilog=EXIT_CODES)(predict_command.predict)
 app.command(epilog=EXIT_CODES)(generate_command.generate)
+app.command(epilog=EXIT_CODES)(chat_command.chat)
 app.command(epilog=EXIT_CODES)(inspect_command.inspect)
 app.command(epilog=EXIT_CODES)(serve_command.serve)
 app.command(epilog=EXIT_CODES)(slurm_commands.submit)

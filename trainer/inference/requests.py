@@ -16,6 +16,10 @@ from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime.errors import BadInput
 
 
+class TooLong(BadInput):
+    """A text has more tokens than fit with the prompt and the longest answer."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One text to continue.
@@ -107,7 +111,7 @@ def _checked(
             f"{files.context_length} tokens; lower it"
         )
     if not 0 < len(ids) <= room:
-        raise BadInput(
+        raise (TooLong if ids else BadInput)(
             f"--input: has {len(ids)} tokens, but must have 1 to {room}, because {limit} new "
             "ones follow; shorten it or lower --max-new-tokens"
         )
