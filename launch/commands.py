@@ -266,6 +266,14 @@ def sync(
             "server that only RUN_DIR names. [default: the run's own store]",
         ),
     ] = None,
+    register: Annotated[
+        str | None,
+        option(
+            "NAME",
+            "register each finished prompt as a version of the model NAME, the best one by "
+            "validation with the alias `best`. [default: tracking.register]",
+        ),
+    ] = None,
 ) -> None:
     """Upload metrics and artifacts that MLflow has not received yet.
 
@@ -277,12 +285,16 @@ def sync(
 
     - `promptshard sync runs/quickstart`
     - `promptshard sync runs/quickstart --uri https://mlflow.example.org`
+    - `promptshard sync runs/quickstart --register triage`
     """
     preflight.check_result(run_dir)
     environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
     if uri:
         environment[URI_VARIABLE] = uri
-    code = run_alone("trainer.commands.sync", ["sync", run_dir], environment, imports="mlflow")
+    options = ["--register", register] if register else []
+    code = run_alone(
+        "trainer.commands.sync", ["sync", *options, run_dir], environment, imports="mlflow"
+    )
     raise typer.Exit(code)
 
 

@@ -18,6 +18,8 @@ from launch.launcher_command import free_port
 
 #: Of one connection only: lengths and encodings are those of what is passed on.
 HOP = {"connection", "content-encoding", "content-length", "host", "transfer-encoding"}
+#: Ends of the paths of requests that would add something again if they were sent twice.
+ADDS = ("/create", "/log-batch", "/logged-models", "/outputs")
 
 
 class Server:
@@ -58,8 +60,11 @@ class Proxy:
     """Forwards requests to a server, or fails them.
 
     Attributes:
-        mode: ``passes``; ``hangs``: takes a request and never answers; ``answers 500``; or
-            ``takes no files``: answers 500 to uploads, passes the rest on.
+        mode: ``passes``; ``hangs``: takes a request and never answers; ``answers 500``;
+            ``takes no files``: answers 500 to uploads, passes the rest on; ``stores, answers 500``:
+            passes a request on, but answers 500 when one that adds data comes for the first time;
+            ``has no models``: as a server older than MLflow 3; or a number, the HTTP status of all
+            answers.
         asked: method and path of every request, in order.
     """
 
@@ -67,6 +72,7 @@ class Proxy:
         self.mode = "passes"
         self.asked: list[str] = []
         self._closed = threading.Event()
+        self._written: set[bytes] = set()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -84,10 +90,16 @@ class Proxy:
                 if proxy.mode == "answers 500" or (proxy.mode == "takes no files" and upload):
                     self.reply(500, {}, b"no")
                     return
+                if proxy.mode.isdecimal() or proxy.lacks(self.path):
+                    self.reply(int(proxy.mode) if proxy.mode.isdecimal() else 404, {}, b"<p>no</p>")
+                    return
                 kept = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
                 response = requests.request(
                     self.command, server + self.path, headers=kept, data=body, timeout=60
                 )
+                if proxy.is_first_write(self.command, self.path, body):
+                    self.reply(500, {}, b"no")
+                    return
                 self.reply(response.status_code, dict(response.headers), response.content)
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
@@ -109,6 +121,19 @@ class Proxy:
         self._http.block_on_close = False
         self.address = f"127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def lacks(self, path: str) -> bool:
+        return self.mode == "has no models" and "/logged-models" in path
+
+    def is_first_write(self, command: str, path: str, body: bytes) -> bool:
+        """Whether to answer 500 to a request that the server has stored."""
+        if self.mode != "stores, answers 500" or command == "GET" or not path.endswith(ADDS):
+            return False
+        # A run or model that is created again after a lost answer would have another time.
+        request = path.encode() + (b"" if "create" in path else body)
+        is_first = request not in self._written
+        self._written.add(request)
+        return is_first
 
     def close(self) -> None:
         self._closed.set()

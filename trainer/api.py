@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 #: Timeout of collectives without a run.
 _TIMEOUT_SECONDS = 1800
+#: Of a registered model: the base that its prompt was trained for.
+BASE_FILE = "base.json"
 #: Beginning of the names of the base's parts in a checkpoint's identity.
 _PARTS = "base.model, "
 
@@ -163,11 +165,16 @@ def _run_and_print(command: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def base_digests(folder: Path) -> dict[str, str]:
-    """Read the digests of a run's base from its newest checkpoint; empty if there is none."""
+    """Read the digests of a run's base; empty if the folder has none.
+
+    A run has them in its newest checkpoint, and a registered model in ``base.json``.
+    """
     name = newest_checkpoint(folder)
     try:
-        state = read_json_object(folder / CHECKPOINTS / str(name) / "state.json")
-        identity = state["identity"]
-        return {key: str(value) for key, value in identity.items() if key.startswith(_PARTS)}
+        if name is None:
+            digests = read_json_object(folder / BASE_FILE)["digests"]
+        else:
+            digests = read_json_object(folder / CHECKPOINTS / name / "state.json")["identity"]
+        return {key: str(value) for key, value in digests.items() if key.startswith(_PARTS)}
     except (BadInput, KeyError, AttributeError):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -33,8 +34,13 @@ from tests.unit.run_folder import (
     write_results,
 )
 from trainer import config
-from trainer.tracking import MetricsLog, TrackingClient
+from trainer.reporting.mlflow_note import read_results
+from trainer.tracking import MetricsLog, TrackingClient, process_client, sender_process
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
+from trainer.tracking.progress_file import ProgressFile
+from trainer.tracking.pusher import Pusher
+from trainer.tracking.pusher import sync as sync_here
+from trainer.tracking.store_uri import resolve
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +112,7 @@ def test_a_complete_run_in_sqlite_is_sent_once(tmp_path: Path, store: str) -> No
     assert prompts["animals"].data.tags["stopped"] == "finished"
     assert len(parent.inputs.dataset_inputs) == 6
     names = {item.dataset.name for item in prompts["animals"].inputs.dataset_inputs}
-    assert names == {"animals train", "animals validation", "animals shifted validation"}
+    assert names == {"animals train", "animals validation", "animals validation (shifted)"}
     assert_complete(folder, store)
     client = client_of(store)
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
@@ -118,11 +124,143 @@ def test_a_complete_run_in_sqlite_is_sent_once(tmp_path: Path, store: str) -> No
     adapter = {f.path for f in client.list_artifacts(prompts["triage"].info.run_id, "adapter")}
     assert adapter == {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
-    assert "(0 new points)" in sync(folder).stdout
-    (folder / "tracking.json").write_text(  # lost progress: the store itself is asked
-        (folder / "tracking.json").read_text().replace('"offsets": {', '"offsets_": {')
+    assert_models(store, "support", ["triage", "triage-mlp", "animals"])
+    for lost in ("", '"offsets": {', '"models": {'):  # then the store itself is asked
+        state = (folder / "tracking.json").read_text()
+        if lost:
+            assert lost in state
+            (folder / "tracking.json").write_text(state.replace(lost, f'"x{lost[1:]}'))
+        repeated = sync_here(folder, read_results)
+        assert (repeated.complete, repeated.points) == (True, 0)
+        assert_complete(folder, store)
+        assert_models(store, "support", ["triage", "triage-mlp", "animals"])
+
+
+def assert_models(uri: str, experiment: str, names: list[str]) -> None:
+    """Assert that each prompt is one model, in the order of accuracy, with every score once."""
+    client = client_of(uri)
+    _, prompts = runs(uri, experiment)
+    models = client.search_logged_models(
+        [client.get_experiment_by_name(experiment).experiment_id],
+        filter_string="model_type = 'soft-prompt' AND tags.task LIKE '%'",
+        order_by=[{"field_name": "metrics.validation_accuracy_best", "ascending": False}],
     )
-    assert "(0 new points)" in sync(folder).stdout
+    assert sorted(model.name for model in models) == sorted(names)
+    scores = {model.name: dict[str, float]() for model in models}
+    for model in models:
+        run = prompts[model.name]
+        assert model.source_run_id == run.info.run_id
+        (output,) = run.outputs.model_outputs
+        assert output.model_id == model.model_id
+        assert str(model.status) == "READY"
+        assert model.params == run.data.params
+        assert model.tags["stopped"] == "finished"
+        counts = Counter((metric.key, metric.step) for metric in model.metrics)
+        assert set(counts.values()) == {1}
+        for metric in model.metrics:
+            shifted = " (shifted)" if metric.key.startswith("shifted_") else ""
+            assert metric.dataset_name == f"{model.tags['task']} validation{shifted}"
+            assert metric.value == run.data.metrics[metric.key]
+            scores[model.name][metric.key] = metric.value
+    order = [scores[model.name]["validation_accuracy_best"] for model in models]
+    assert order == sorted(order, reverse=True)
+    assert not any(key.endswith("no_prompt") for row in scores.values() for key in row)
+
+
+@pytest.mark.fault("tracking server unreachable, killed, hanging or answering HTTP 500")
+def test_a_server_that_stores_a_request_and_answers_500(tmp_path: Path, server: Server) -> None:
+    """Nothing is sent twice, although the answer to every request that writes was lost."""
+    folder = finished_run(tmp_path / "run", experiment="stored")
+    proxy = Proxy(server.uri)
+    proxy.mode = "stores, answers 500"
+    uri = f"http://{proxy.address}"
+    calls = 0  # each repeats the request whose answer was lost
+    while not (result := sync_here(folder, read_results, uri)).complete:
+        calls += 1
+        assert calls < 60, result.message
+    proxy.mode = "passes"
+    assert sync_here(folder, read_results, uri).points == 0
+    proxy.close()
+    assert calls > 5
+    assert_complete(folder, server.uri, "stored")
+    assert_models(server.uri, "stored", ["triage", "triage-mlp", "animals"])
+
+
+def test_a_server_without_models_gets_everything_else(tmp_path: Path, server: Server) -> None:
+    folder = finished_run(tmp_path / "run", experiment="old")
+    proxy = Proxy(server.uri)
+    proxy.mode = "has no models"
+    uri = f"http://{proxy.address}"
+    message = sync_here(folder, read_results, uri).message
+    assert message.count("older than MLflow 3") == 1
+    assert_complete(folder, server.uri, "old")
+    assert_models(server.uri, "old", [])
+    proxy.mode = "passes"  # after an update of the server
+    assert "MLflow 3" not in sync_here(folder, read_results, uri).message
+    assert_models(server.uri, "old", ["triage", "triage-mlp", "animals"])
+    proxy.close()
+
+
+REMEDIES = [
+    ("401", "http", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"),
+    ("403", "http", "of a user who may edit the experiment"),
+    ("404", "http", "no MLflow server answers at"),
+    ("200", "http", "no MLflow server answers at"),
+    ("passes", "https", "write http:// instead of https://"),
+]
+
+
+class EndsWithTheRun:
+    """A trainer that ends when the sender stops trying."""
+
+    is_gone = False
+
+    def wait(self, seconds: float) -> bool:
+        return seconds == math.inf
+
+
+@pytest.mark.parametrize(("mode", "scheme", "remedy"), REMEDIES)
+def test_a_refusal_is_explained_and_not_repeated_forever(
+    tmp_path: Path, mode: str, scheme: str, remedy: str
+) -> None:
+    proxy = Proxy("http://127.0.0.1:1")
+    proxy.mode = mode
+    folder = write_inputs(tmp_path / "run")
+    target = resolve(folder, f"{scheme}://{proxy.address}")
+    with target.applied():
+        pusher = Pusher(folder, target, read_results)
+        sender_process._follow(pusher, EndsWithTheRun(), 0.001)  # type: ignore[arg-type]
+        assert len(proxy.asked) <= 2 * sender_process.MAX_REFUSALS
+        assert remedy in (ProgressFile(folder).problem or "")
+        proxy.close()
+
+
+def test_a_sender_that_is_refused_waits_for_the_end_of_the_run(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The terminal shows the remedy once; ``sync`` sends everything later."""
+    monkeypatch.setattr(process_client, "CHECK_SECONDS", 0.0)
+    proxy = Proxy("http://127.0.0.1:1")
+    mode, _, remedy = REMEDIES[0]
+    proxy.mode = mode
+    folder = write_inputs(tmp_path / "run")
+    log, sender = MetricsLog(folder), TrackingClient(folder, f"http://{proxy.address}", every=0.01)
+    sender.start()
+    tracking_log = folder / "logs" / "tracking.log"
+    last = "next try at the end of the run"
+    wait_until(lambda: tracking_log.exists() and last in tracking_log.read_text(), 120)
+    asked = len(proxy.asked)
+    problems = list(filter(None, (sender.new_problem() for _ in range(3))))
+    log_steps(log, 0, STEPS)
+    write_results(folder)
+    result = sender.finish(60)
+    assert len(proxy.asked) <= asked + 2
+    proxy.close()
+    assert len(problems) == 1
+    assert remedy in problems[0]
+    assert remedy in result.message
+    assert "promptshard sync" in result.message
+    assert sync_here(folder, read_results, store).complete
     assert_complete(folder, store)
 
 
@@ -345,7 +483,8 @@ def losses(folder: Path) -> dict[tuple[str, int, str], float]:
 TRAINER = """
     import os, signal, sys, time
     from pathlib import Path
-    from trainer.tracking import MetricsLog, TrackingClient
+    from trainer.reporting.mlflow_note import read_results
+from trainer.tracking import MetricsLog, TrackingClient, process_client, sender_process
     from tests.unit.run_folder import log_steps, write_results
     folder, rewind, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     log = MetricsLog(folder)
@@ -467,7 +606,6 @@ def assert_complete(folder: Path, uri: str, experiment: str = "support") -> None
 
 def sent(folder: Path) -> int:
     """Bytes of ``metrics.jsonl`` that a store has received."""
-    from trainer.tracking.progress_file import ProgressFile
 
     if not (folder / "tracking.json").exists():
         return 0

@@ -19,7 +19,7 @@ from trainer.runtime.redact import redact, secrets_of
 from trainer.tracking import MetricsLog, TrackingClient
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 from trainer.tracking.progress_file import ProgressFile, StoreProgress, missing_results
-from trainer.tracking.pusher import explain
+from trainer.tracking.refusals import explain
 from trainer.tracking.run_metadata import RunMetadata, shorten
 from trainer.tracking.store_uri import resolve
 
@@ -298,6 +298,7 @@ def test_a_problem_of_the_sender_is_reported_once(
         (Answer("no", "UNAUTHENTICATED"), "set MLFLOW_TRACKING_USERNAME"),
         (Answer("no", "PERMISSION_DENIED"), "set MLFLOW_TRACKING_USERNAME"),
         (Answer("403 Client Error", status=403), "set MLFLOW_TRACKING_USERNAME"),
+        (Answer("!= 200", "ENDPOINT_NOT_FOUND"), "(http://host:5000/health must answer OK)"),
         (
             Answer("!= 200. Response body: 'Invalid Host header'", "PERMISSION_DENIED"),
             "mlflow server --allowed-hosts host:5000",
@@ -329,7 +330,7 @@ def test_only_files_inside_the_folder_are_uploaded(tmp_path: Path) -> None:
     (predictions / "triage.jsonl").write_text("{}\n")
     (predictions / "leak.jsonl").symlink_to(private)
     keys = {a.key for a in [*folder.early_artifacts(), *folder.late_artifacts()]}
-    assert keys == good | {"triage:predictions/triage.jsonl"}
+    assert keys == good | {"triage:predictions/triage.jsonl", "triage:table/triage.jsonl"}
     (folder.path / "metrics.jsonl").rename(tmp_path / "m")
     (folder.path / "metrics.jsonl").symlink_to(tmp_path / "m")
     assert list(folder.lines("metrics.jsonl")) == []
@@ -435,7 +436,8 @@ def test_a_run_file_that_does_not_load_is_sent_as_written(tmp_path: Path) -> Non
     assert {prompt["name"] for prompt in folder.prompts} == set(PROMPTS)
     assert "older_setting: unknown setting" in (folder.problem or "")
     params = folder.prompt_params(folder.prompts[0])
-    assert (params["learning_rate"], params["seed"]) == ("0.003", "null"), "no default is guessed"
+    assert params["learning_rate"] == "0.003"
+    assert "seed" not in params, "no default is guessed"
     assert folder.tracking.experiment == "support"
     path.write_text(path.read_text().replace("system_metrics: false", "system_metrics: never"))
     with pytest.raises(BadInput, match=r"run\.yaml: tracking\.system_metrics"):

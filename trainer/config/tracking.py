@@ -33,6 +33,14 @@ class Tracking(Section):
         "http(s)://HOST:PORT, sqlite:///FILE, or a database such as postgresql://USER@HOST/NAME.\n"
         "null: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory",
     )
+    register_as: str | None = Field(
+        None,
+        alias="register",
+        description="name of a registered model in MLflow\n"
+        "Each finished prompt becomes a version, the best one by validation with the alias `best`. "
+        "In a run with several tasks, each task has its own model, NAME-TASK. The hand-written "
+        "prompts go to MLflow's prompt registry as NAME-hand-written.",
+    )
     tensorboard: bool = Field(
         False,
         description="also write the metrics to output_dir/tensorboard\n"
@@ -41,6 +49,13 @@ class Tracking(Section):
     system_metrics: bool = Field(
         True, description="record CPU, memory and GPU load of rank 0's node"
     )
+
+    @field_validator("register_as")
+    @classmethod
+    def _legal(cls, value: str | None) -> str | None:
+        if value is not None and (problem := problem_of_name(value)):
+            raise ValueError(problem)
+        return value
 
     @field_validator("uri")
     @classmethod
@@ -68,6 +83,13 @@ class Tracking(Section):
 def scheme_of(uri: str) -> str:
     """Return ``postgresql`` for ``postgresql+psycopg2://...``; empty without a scheme."""
     return uri.partition("://")[0].lower().partition("+")[0] if "://" in uri else ""
+
+
+def problem_of_name(name: str) -> str | None:
+    """Return why MLflow cannot register models and prompts under a name; None if it can."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}", name):
+        return None
+    return f"{name[:50]!r} is not a name for a model; use letters, digits, and any of _ . -"
 
 
 def problem_of_uri(uri: str) -> str | None:

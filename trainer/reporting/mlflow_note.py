@@ -61,7 +61,10 @@ def final_metrics(table: TaskTable, prompt: ResultRow) -> dict[str, float]:
     would create a section of single points before all curves. The losses of a distilled prompt and
     of its baseline are divergences from the teacher.
     """
-    metrics = {f"{key}_best": value for key, value in _finite_scores(prompt.scores)}
+    scores = dict(_finite_scores(prompt.scores))
+    # MLflow's table of models shows the columns in this order.
+    first = [key for key in scores if key.endswith(f"validation_{table.metric}")]
+    metrics = {f"{key}_best": scores[key] for key in dict.fromkeys([*first, *scores])}
     baselines = table.comparable_baselines(prompt)
     for kind in (NO_PROMPT, HAND_WRITTEN, TEACHER, MAJORITY):
         for best in rank([row for row in baselines if row.kind == kind], table.metric)[:1]:

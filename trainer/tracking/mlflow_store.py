@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 from trainer.config.tracking import Tracking
 from trainer.runtime.redact import redact
-from trainer.tracking import sqlite_store
+from trainer.tracking import sqlite_store, tables
 from trainer.tracking.metrics_log import Line
 from trainer.tracking.progress_file import StoreProgress
+from trainer.tracking.refusals import Refused
 from trainer.tracking.run_metadata import (
     Artifact,
     FinalResults,
@@ -46,10 +47,6 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-class Refused(Exception):
-    """Nothing can be sent until the user changes something; the message has the remedy."""
-
-
 class MlflowStore:
     """The runs of one output folder in a store. Methods may raise errors of network or MLflow."""
 
@@ -63,12 +60,13 @@ class MlflowStore:
         self.client: MlflowClient = MlflowClient(target.uri)
         self.run_ids: dict[str | None, str] = {}  #: prompt -> run id; None: the parent
         self.last_steps: dict[str, dict[str, int]] = {}  #: run id -> metric -> step
+        self.experiment_id = ""
         self.is_new = False  #: the store had no run of this folder
 
     def attach(self, progress: StoreProgress, *, running: bool) -> None:
         """Find this folder's runs or create them; if ``running``, mark them as running again."""
         experiment = self._experiment(progress)
-        progress.experiment_id = experiment.experiment_id
+        self.experiment_id = progress.experiment_id = experiment.experiment_id
         runs = self._find_runs(experiment.experiment_id)
         self.is_new = not runs
         parent = runs.get(None) or self._create_parent(experiment.experiment_id)
@@ -263,19 +261,27 @@ class MlflowStore:
         """Upload a file to the run of its prompt."""
         run_id = self.run_ids[artifact.prompt]
         if not self.target.trusted:
-            self._check_artifact_uri(run_id)
-        if artifact.text:
+            self.check_artifact_uri(self.client.get_run(run_id).info.artifact_uri)
+        if artifact.table is not None:
+            assert artifact.text is not None
+            rows = tables.to_json(artifact.table(artifact.path))
+            self.client.log_text(run_id, self.target.hide(rows), artifact.text)
+            known = self.client.get_run(run_id).data.tags.get(tables.TAG)
+            self.client.set_tag(run_id, tables.TAG, tables.add_to_tag(known, artifact.text))
+        elif artifact.text:
             text = self.target.hide(artifact.path.read_text(encoding="utf-8"))
             self.client.log_text(run_id, text, artifact.text)
         else:
             self.client.log_artifact(run_id, str(artifact.path), artifact.folder or None)
 
-    def _check_artifact_uri(self, run_id: str) -> None:
-        """Require that an untrusted server stores files itself.
+    def check_artifact_uri(self, artifact_uri: str) -> None:
+        """Require that an untrusted server stores the files of a run or model itself.
 
         Otherwise the server could name a folder of this machine, or storage that the user pays for.
         """
-        uri = urlsplit(str(self.client.get_run(run_id).info.artifact_uri))
+        uri = urlsplit(str(artifact_uri))
+        if self.target.trusted:
+            return
         if uri.scheme != "mlflow-artifacts" or uri.netloc:
             raise Refused(
                 f"{self.target.name} stores files at {redact(uri.geturl())}; confirm that it is "

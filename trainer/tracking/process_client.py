@@ -153,7 +153,8 @@ class TrackingClient:
         except (BadInput, OSError) as error:
             return Finished(False, f"MLflow: {redact(str(error))}; then: {again}")
         if not unsent:
-            return Finished(True, where_to_look(target, pusher.progress.page))
+            lacks = f"\nnote: {pusher.progress.lacks}" if pusher.progress.lacks else ""
+            return Finished(True, where_to_look(target, pusher.progress.page) + lacks)
         why = f" ({pusher.state.problem})" if pusher.state.problem else ""
         return Finished(
             False,

@@ -31,6 +31,10 @@ class StoreProgress:
     prompts: dict[str, str] = field(default_factory=dict)  #: prompt -> run id
     offsets: dict[str, int] = field(default_factory=dict)  #: file -> bytes sent
     artifacts: dict[str, str] = field(default_factory=dict)  #: Artifact.key -> digest
+    models: dict[str, str] = field(default_factory=dict)  #: prompt -> digest of its adapter
+    #: prompt -> name of the registered model and digest of the adapter
+    registered: dict[str, str] = field(default_factory=dict)
+    lacks: str | None = None  #: data for which the server is too old; a message for the user
     status: str | None = None  #: RUNNING, FINISHED, FAILED, KILLED
     page: str | None = None  #: page of MLflow's web interface that shows the curves
 

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from trainer.config.tracking import HTTP, scheme_of
+from trainer.config.tracking import HTTP, problem_of_name, scheme_of
 from trainer.runtime.errors import BadInput
 from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line
 from trainer.tracking.mlflow_store import MlflowStore
+from trainer.tracking.model_sender import ModelSender
 from trainer.tracking.progress_file import ProgressFile, StoreProgress
+from trainer.tracking.refusals import explain, is_busy
 from trainer.tracking.run_metadata import Artifact, ReadResults, RunMetadata
 from trainer.tracking.store_uri import (
     ARTIFACTS,
@@ -26,7 +27,6 @@ from trainer.tracking.store_uri import (
     StoreAddress,
     install_ui_hint,
     resolve,
-    sync_command,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ SENT_FILES = (METRICS_FILE, SYSTEM_FILE)
 LINES_PER_BATCH = 2000
 #: MLflow's status by ``status`` of ``summary.json``; without one the run was killed.
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}
-HTTP_STATUS = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,16 @@ class Pusher:
     """Sends new data at each call and updates ``tracking.json``; ``end`` uses ``read_results``."""
 
     def __init__(
-        self, output_dir: Path, target: StoreAddress, read_results: ReadResults | None = None
+        self,
+        output_dir: Path,
+        target: StoreAddress,
+        read_results: ReadResults | None = None,
+        register: str | None = None,
     ) -> None:
         self.folder, self.state = RunMetadata(output_dir), ProgressFile(output_dir)
         self.target, self.read_results = target, read_results
         self.progress = self.state.stores.setdefault(target.name, StoreProgress())
+        self.models = ModelSender(self.folder, self.progress, target, register)
         self.points = 0
         self._store: MlflowStore | None = None
         self._has_connected = False
@@ -88,6 +92,8 @@ class Pusher:
         errors = self._send_artifacts(store, self.folder.late_artifacts())
         results = self.read_results(self.folder.path) if self.folder.summary() else None
         store.end(self._final_status(), results, self._end_time())
+        if results is not None:
+            errors += self.models.send(store, results, self.state.save)
         self._save(status=self._final_status())
         if errors:
             raise errors[0]
@@ -101,6 +107,7 @@ class Pusher:
         missing = {
             f"{lines} metric lines": lines,
             f"{files} files": files,
+            **self.models.unsent(),
             "the run's final status": self.progress.status != self._final_status(),
         }
         return ", ".join(text for text, is_missing in missing.items() if is_missing)
@@ -115,10 +122,13 @@ class Pusher:
     def _connect(self, running: bool) -> MlflowStore:
         if self._store is not None:
             return self._store
+        # The store may create runs although its answer is lost: the next call must find them.
+        self.state.save()
         store = MlflowStore(self.folder, self.target, self.state.output_id)
         store.attach(self.progress, running=running)
         if store.is_new:  # or it lost the runs that it had
             self.progress.artifacts = {}
+            self.models.forget()
         if store.is_new or not self._has_connected:
             # A resumed run has rewound its metrics: each process reads them from the start, and
             # MlflowStore leaves out points that the store has.
@@ -174,10 +184,16 @@ class Pusher:
         self.state.save()
 
 
-def sync(output_dir: Path | str, read_results: ReadResults, uri: str | None = None) -> SyncResult:
+def sync(
+    output_dir: Path | str,
+    read_results: ReadResults,
+    uri: str | None = None,
+    register: str | None = None,
+) -> SyncResult:
     """Send all data of an ended run that its store lacks; idempotent.
 
     Args:
+        register: as ``tracking.register``, in place of the run's.
         uri: the store's address, given by the user; default: as ``resolve`` chooses.
 
     Raises:
@@ -187,11 +203,13 @@ def sync(output_dir: Path | str, read_results: ReadResults, uri: str | None = No
     folder = RunMetadata(output_dir)
     if folder.file("run.yaml") is None:
         raise BadInput(f"{output_dir} is not a run directory (no run.yaml)")
+    if register is not None and (problem := problem_of_name(register)):
+        raise BadInput(f"--register: {problem}")
     target = resolve(output_dir, uri, folder.tracking.uri)
     with target.applied(), folder_lock(output_dir) as acquired:
         if not acquired:
             raise BadInput(f"{output_dir}: its run is still sending; sync when it has ended")
-        pusher = Pusher(output_dir, target, read_results)
+        pusher = Pusher(output_dir, target, read_results, register)
         for _ in range(3):
             problem = ""
             try:
@@ -208,39 +226,10 @@ def sync(output_dir: Path | str, read_results: ReadResults, uri: str | None = No
     else:
         where = where_to_look(target, pusher.progress.page)
         message = f"MLflow has all of run {run_id} ({pusher.points} new points).\n{where}"
+        message += f"\nnote: {pusher.progress.lacks}" if pusher.progress.lacks else ""
     if folder.problem:
         message = f"warning: settings were sent as written: {folder.problem}\n{message}"
     return SyncResult(not unsent and not problem, pusher.points, run_id, message)
-
-
-def explain(error: BaseException, target: StoreAddress, output_dir: Path) -> str:
-    """Describe an error in one line for the user, with the remedy if it is known."""
-    text = target.hide(" ".join(str(error).split())) or type(error).__name__
-    status = _http_status(error)
-    if "Invalid Host header" in text:
-        host = urlsplit(target.name).netloc
-        text += f"; start the server with: mlflow server --allowed-hosts {host}"
-    elif status in (401, 403) and not target.trusted:
-        text += (
-            "; MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN were not sent, as only the folder "
-            f"names this server; if it is yours, run: {sync_command(output_dir, target.name)}"
-        )
-    elif status in (401, 403):
-        text += "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
-    return text[:1000]
-
-
-def _http_status(error: BaseException) -> int | None:
-    code = getattr(error, "error_code", None)  # of mlflow's exceptions
-    if code in HTTP_STATUS:
-        return HTTP_STATUS[code]
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of requests'
-    return status if isinstance(status, int) else None
-
-
-def is_busy(error: BaseException) -> bool:
-    """Whether another process was writing to the store, so that a retry may succeed."""
-    return getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE"
 
 
 def where_to_look(target: StoreAddress, page: str | None) -> str:

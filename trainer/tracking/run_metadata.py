@@ -7,15 +7,16 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.evaluation.prediction_files import BASELINES, files_in
+from trainer.evaluation.prediction_files import BASELINES, files_in, path_of
 from trainer.runtime.json_file import parse_json
 from trainer.runtime.redact import redact
 from trainer.tracking.run_files import RunFiles, mapping, mappings, named
+from trainer.tracking.tables import ReadTable, evaluation_rows, prediction_rows
 
 #: MLflow's limits (mlflow.utils.validation), which refuses a whole batch for one longer value. Its
 #: pages show digests in full, so they are cut as in git; the dataset's profile has the full digest.
@@ -57,13 +58,14 @@ class Artifact:
     path: Path
     folder: str  #: artifact folder in MLflow, of a file that is sent unchanged
     text: str | None = None  #: path in MLflow of a text, which is sent with credentials hidden
+    table: ReadTable | None = None  #: converts the file to a table, which is sent as the text
 
     @property
     def key(self) -> str:
         return f"{self.prompt or ''}:{self.folder}/{self.path.name}"
 
     def digest(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return file_digest(self.path)
 
 
 class RunMetadata(RunFiles):
@@ -130,7 +132,7 @@ class RunMetadata(RunFiles):
         return self._texts("run.yaml", "environment.json", "datasets.json")
 
     def late_artifacts(self) -> list[Artifact]:
-        """Return the files of the results: predictions of baselines go to the parent run."""
+        """Return files of results and tables: predictions of baselines go to the parent run."""
         artifacts = self._texts("summary.json", "report.html", "evaluation.json", "inspection.json")
         names = [prompt["name"] for prompt in self.prompts]
         for name in names:
@@ -148,20 +150,45 @@ class RunMetadata(RunFiles):
                 is_unique = prompt is not None or baselines[path.name] == 1
                 text = path.name if is_unique else relative.as_posix()
                 artifacts.append(Artifact(prompt, path, relative.parent.as_posix(), text))
+        artifacts += self._tables(names)
         for path in sorted((self.path / PLOTS).glob("*.png")):
             if self.file(f"{PLOTS}/{path.name}"):
                 artifacts.append(Artifact(None, path, PLOTS))
         return artifacts
 
+    def _tables(self, prompts: Sequence[str]) -> list[Artifact]:
+        """Return the tables of the evaluation and of some predictions of each prompt."""
+        tables = []
+        if path := self.file("evaluation.json"):
+            name = "evaluation_table.json"
+            tables.append(Artifact(None, path, "table", name, evaluation_rows))
+        for prompt in prompts:
+            if path := self.file(path_of(Path(), prompt).as_posix()):
+                name = "predictions_table.json"
+                tables.append(Artifact(prompt, path, "table", name, prediction_rows))
+        return tables
+
+    def adapters(self) -> dict[str, Path]:
+        """Return the file of the best adapter of each prompt that has one."""
+        weights = ADAPTER_FILES[-1]
+        files = {p["name"]: self.file(f"prompts/{p['name']}/{weights}") for p in self.prompts}
+        return {name: path for name, path in files.items() if path is not None}
+
     def _texts(self, *names: str) -> list[Artifact]:
         return [Artifact(None, p, "", n) for n in names if (p := self.file(n))]
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def dataset_fields(entry: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Return the fields of an MLflow dataset, and its context, for an entry of datasets.json."""
     split, digest = str(entry.get("split", "")), str(entry.get("digest", ""))
+    # MLflow's tables sort datasets by name: the shifted split comes after the validation split.
+    shown = "validation (shifted)" if split == "shifted_validation" else split.replace("_", " ")
     fields = {
-        "name": f"{entry.get('task')} {split.replace('_', ' ')}",
+        "name": f"{entry.get('task')} {shown}",
         "digest": digest[:MAX_DIGEST],
         "source_type": "local",
         "source": json.dumps({"uri": redact(str(entry.get("path", "")))}),
@@ -175,7 +202,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, name + ".")
-        elif key != "name":  # part of the path already
+        elif key != "name" and value is not None:  # the name is part of the path already
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield legal(name), shorten(redact(text), MAX_PARAM)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -22,13 +23,16 @@ from typing import Any, TextIO
 
 from trainer.runtime.errors import BadInput
 from trainer.tracking.metrics_log import SYSTEM_FILE, MetricsLog, read_lines
-from trainer.tracking.mlflow_store import Refused
-from trainer.tracking.pusher import Pusher, explain, folder_lock, is_busy
+from trainer.tracking.pusher import Pusher, folder_lock
+from trainer.tracking.refusals import explain, is_busy, is_refusal
 from trainer.tracking.run_metadata import ReadResults
 from trainer.tracking.store_uri import StoreAddress, resolve
 
 logger = logging.getLogger(__name__)
 MAX_PAUSE = 30.0
+#: Tries in a row that a server may refuse; the pauses grow by the factor (2 s: 3 minutes in all).
+#: After that, one more try at the end of the run.
+MAX_REFUSALS, REFUSAL_FACTOR = 5, 4.0
 #: A pause is at least this many times as long as the round of sending before it, because training
 #: needs the processors more.
 PAUSE_RATIO = 9.0
@@ -74,21 +78,7 @@ def _send(pusher: Pusher, trainer: _Trainer, every: float) -> int:
     monitor: threading.Thread | None = None
     if pusher.folder.tracking.system_metrics:
         monitor = _start_monitor(output_dir, stop)
-    pause, failures = 0.0, 0
-    while not trainer.wait(pause):
-        started, connected = time.monotonic(), pusher.connected
-        try:
-            pusher.push(running=True)
-            seconds = time.monotonic() - started if connected else 0.0  # without connecting
-            pause, failures = max(every, min(MAX_PAUSE, PAUSE_RATIO * seconds)), 0
-            pusher.set_problem(None)
-        except Exception as error:
-            pause, failures = min(MAX_PAUSE, max(every, pause * 2)), failures + 1
-            problem = explain(error, target, output_dir)
-            logger.warning("not sent, next try in %.1f s: %s", pause, problem)
-            logger.debug("", exc_info=True)
-            if failures > 1 or isinstance(error, Refused | BadInput):
-                pusher.set_problem(problem)
+    _follow(pusher, trainer, every)
     stop.set()
     if monitor is not None:
         monitor.join(2.0)
@@ -99,13 +89,39 @@ def _send(pusher: Pusher, trainer: _Trainer, every: float) -> int:
         except Exception as error:
             problem = explain(error, target, output_dir)
             logger.warning("not everything was sent (try %d): %s", attempt, problem)
-            if attempt > 1 and not is_busy(error):
+            if is_refusal(error) or (attempt > 1 and not is_busy(error)):
                 pusher.set_problem(problem)
                 break
             time.sleep(0.5)
     unsent = pusher.unsent()
     logger.info("ended; not sent: %s", unsent or "nothing")
     return 1 if unsent else 0
+
+
+def _follow(pusher: Pusher, trainer: _Trainer, every: float) -> None:
+    """Send in rounds until the trainer ends, or until the server has refused too often."""
+    pause, failures, refusals = 0.0, 0, 0
+    while not trainer.wait(pause):
+        started, connected = time.monotonic(), pusher.connected
+        try:
+            pusher.push(running=True)
+            seconds = time.monotonic() - started if connected else 0.0  # without connecting
+            pause, failures, refusals = max(every, min(MAX_PAUSE, PAUSE_RATIO * seconds)), 0, 0
+            pusher.set_problem(None)
+        except Exception as error:
+            failures += 1
+            refusals = refusals + 1 if is_refusal(error) else 0
+            pause = min(MAX_PAUSE, max(every, pause * 2))
+            if refusals:
+                pause = every * REFUSAL_FACTOR ** (refusals - 1)
+            if refusals == MAX_REFUSALS:
+                pause = math.inf
+            problem = explain(error, pusher.target, pusher.folder.path)
+            when = f"in {pause:.1f} s" if math.isfinite(pause) else "at the end of the run"
+            logger.warning("not sent, next try %s: %s", when, problem)
+            logger.debug("", exc_info=True)
+            if failures > 1 or refusals:
+                pusher.set_problem(problem)
 
 
 class _Trainer:
