@@ -32,7 +32,7 @@ from trainer.checkpointing.resume import (
 )
 from trainer.checkpointing.run_lock import Lock, acquire
 from trainer.config import RunConfig
-from trainer.data.prompt_positions import with_positions
+from trainer.data.prompt_positions import texts_before, with_positions
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import keep_chat_date, read_chat_date, reads_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
@@ -139,8 +139,8 @@ def _train(
         conditions = choice_conditions(config, device_name(engine.device), engine.world_size)
         lengths = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
         loaded = load_base_as_saved(engine, files, config, console, lengths, saved, conditions)
-    loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times)
-    fixed_texts = _fixed_texts(engine, config, files, loaded, tasks, console)
+    loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times, date)
+    fixed_texts = _fixed_texts(engine, config, files, loaded, tasks, console, date)
     if fresh:  # all checks have passed
         engine.run_on_main(lambda: archive_earlier_run(output, console))
     if saved is None and loop.predictions is not None:
@@ -237,6 +237,7 @@ def _make_loop(
     identity: Mapping[str, Any],
     saved: SavedCheckpoint | None,
     times: PhaseTimes,
+    date: datetime.date | None,
 ) -> Loop:
     """Build the evaluator, the bank and the loop, and load the state of a checkpoint."""
     output = Path(config.output_dir)
@@ -252,9 +253,10 @@ def _make_loop(
     )
     with times("initialization search"):
         # When resuming, the checkpoint's state overwrites all initial values.
-        scorer = None if saved else LossInitScorer(config, tasks, evaluator, console)
+        before = texts_before(config, files.tokenizer, date)
+        scorer = None if saved else LossInitScorer(config, tasks, evaluator, console, before)
         initial = without_sources(config) if saved else config
-        bank = make_bank(initial, engine, loaded.model, files, scorer, console.warn)
+        bank = make_bank(initial, engine, loaded.model, files, scorer, console.warn, before)
     rank = RankInfo(engine.rank, engine.world_size, engine.device)
     callbacks: list[Callback] = [ConsoleProgress(console, config.last_step)]
     if config.engine.profile is not None:
@@ -289,17 +291,21 @@ def _fixed_texts(
     loaded: LoadedBase,
     tasks: Mapping[str, TaskData],
     console: Console,
+    date: datetime.date | None,
 ) -> dict[str, FixedText | None]:
     """Return the text that is in a prompt's segment in all rows, by prompt; a collective.
 
     None: the text before the virtual tokens differs between rows.
     """
     embed = embedding_function(loaded.model, engine.device)
-    texts: dict[str, FixedText | None] = {}
+    texts: dict[str, FixedText | None] = {
+        name: FixedText(tuple(ids), len(ids), None, (str(files.tokenizer.decode(ids)), ""))
+        for name, ids in texts_before(config, files.tokenizer, date).items()
+    }
     for prompt in config.prompts:
         if prompt.entry.trains_prefix:
             continue
-        leading = tasks[prompt.task].train_at(prompt.position).leading
+        leading = tasks[prompt.task].train_at(prompt.placement).leading
         if leading is None:
             texts[prompt.name] = None
         elif leading.input_ids:

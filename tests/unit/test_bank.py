@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from trainer.config.prompt_defaults import DEFAULT_BETAS
 from trainer.prompts.bank import Bank
 from trainer.prompts.init_search import SearchResult, Words, search_starts
 from trainer.prompts.initializers import Vocabulary
+from trainer.prompts.peft_adapter import FixedText, load_peft, save_peft
+from trainer.prompts.saved_prompts import find_source
 from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.runtime.errors import BadInput
 from trainer.training.prompt_optimizer import make_optimizer
@@ -119,8 +122,7 @@ def make_bank(prompts: list[dict[str, Any]] = PROMPTS, **changes: Any) -> Bank:
         H,
         torch.device("cpu"),
         make_optimizer=make_optimizer,
-        past=lambda ids: PAST_VX[torch.tensor(ids)],
-        **changes,
+        **({"past": lambda ids: PAST_VX[torch.tensor(ids)]} | changes),
     )
 
 
@@ -150,6 +152,39 @@ def assert_same(one: Bank, other: Bank) -> None:
     for name, value in tensors.items():
         assert torch.equal(value, tensors_2[name]), name
     assert one.digest() == other.digest()
+
+
+def test_keys_and_values_of_the_text_before_a_prompt_stay_fixed(tmp_path: Path) -> None:
+    settings = {"num_virtual_tokens": 3, "method": "prefix_tuning", "init": {"text": "w7 w8 w9"}}
+    prompts = [{"name": "inside", **settings, "noise": 0.2}, {"name": "front", **settings}]
+    read: list[list[int]] = []
+
+    def past(ids: Sequence[int]) -> Tensor:
+        read.append(list(ids))
+        return PAST_VX[torch.tensor(ids)]
+
+    bank = make_bank(prompts, before={"inside": [4, 5]}, past=past)
+    assert [4, 5, 7, 8, 9] in read, "the prompt is read after the text"
+    fixed = PAST_VX[torch.tensor([4, 5])]
+    start, front = values_of(bank.judged())
+    assert torch.equal(start, torch.cat([fixed, front]))
+    train(bank, 2)
+    trained = bank.snapshot(0).tensor
+    assert torch.equal(trained[:2], fixed)
+    assert not torch.equal(trained[2:], start[2:])
+    assert torch.equal(values_of(bank.virtual_tokens())[0][:2], fixed), "also with noise"
+    resumed = make_bank(prompts, before={"inside": [4, 5]})
+    resumed.load_state_dict(bank.state_dict())
+    assert_same(bank, resumed)
+    assert torch.equal(resumed.snapshot(0).tensor, trained)
+
+    text = FixedText((4, 5), 2, None, ("w4 w5", ""))
+    folder = tmp_path / "inside"
+    save_peft(folder, bank.snapshot(0), "-", num_layers=2, num_attention_heads=1, fixed_text=text)
+    assert torch.equal(load_peft(folder).tensor, trained)
+    assert find_source(str(folder)).num_virtual_tokens == 3
+    again = make_bank([{**prompts[1], "init": {"from": str(folder)}}])
+    assert torch.equal(again.snapshot(0).tensor, trained[2:]), "without the text"
 
 
 def test_a_bank_holds_the_prompts_of_the_run_file() -> None:

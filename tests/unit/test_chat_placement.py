@@ -14,7 +14,7 @@ from tests.unit.test_stock_templates import SYSTEM, TEXTS, TURNS, continuation, 
 from trainer.config import RunConfig, Task
 from trainer.data.dataset import gold_choices
 from trainer.data.preview import preview
-from trainer.data.prompt_positions import with_positions
+from trainer.data.prompt_positions import texts_before, with_positions
 from trainer.data.splits import load_rows
 from trainer.data.task_data import load_tasks
 from trainer.data.teacher import teachers_of
@@ -136,6 +136,28 @@ def test_fixed_text_of_the_template_is_once_in_a_packed_batch(tmp_path, tokenize
     assert tokenizer.decode(list(leading.input_ids[leading.prompt_at :])) == " brief."
 
 
+@pytest.mark.parametrize("position", ["system", "user"])
+def test_rows_of_keys_and_values_begin_at_their_place(tmp_path, tokenizer, position) -> None:
+    config = config_of(tmp_path, CLASSIFY, {"position": position, "method": "prefix_tuning"})
+    placement, task = config.prompts[0].placement, config.tasks[0]
+    assert placement == f"after {position}"
+    rows = [{"text": "And?", "label": "Hello."}, {"text": "3 is it", "label": "Fine, so 3"}]
+    whole = examples(tmp_path, task, tokenizer, rows, position=position)
+    begun = examples(tmp_path, task, tokenizer, rows, position=placement)
+    before = texts_before(config, tokenizer)["p0"]
+    assert tokenizer.decode(before).endswith(f"<|im_start|>{position}\n")
+    for one, other in zip(whole, begun, strict=True):
+        assert list(one.input_ids) == [*before, *other.input_ids]
+        assert labels(one) == labels(other)
+        assert (other.prompt_at, other.prompt_end) == (0, one.prompt_end - len(before))
+    ids, at = encode_request(tokenizer, task, "And?", position=placement)
+    assert (before + ids, at) == (encode_request(tokenizer, task, "And?", position=position)[0], 0)
+    turns = [{"messages": TURNS[:2]}, {"messages": [SYSTEM, *TURNS[:2]]}]
+    if position == "user":
+        with pytest.raises(BadInput, match=r"differs from that of other rows.*position: front"):
+            examples(tmp_path, dialogues(), tokenizer, turns, position=placement)
+
+
 @pytest.mark.parametrize("position", ["front", "system", "user"])
 def test_characters_of_the_private_use_area_are_text(tmp_path, tokenizer, position) -> None:
     rows = [{"text": "And\ue000? \uf8ff", "label": "Hello."}, {"text": "And", "label": "Hello."}]
@@ -228,9 +250,11 @@ def test_auto_is_the_turn_of_the_system_or_of_the_user(tmp_path, tokenizers, fam
     tokenizer.chat_template = stock.source
     task = task | {"chat_template_kwargs": dict(stock.variables)}
     config = config_of(tmp_path, task, {}, {"position": "front"}, {"method": "prefix_tuning"})
-    assert positions(config) == ["auto", "front", "front"]
-    first, *others = positions(with_positions(config, tokenizer))
-    assert others == ["front", "front"]
+    # The text before keys and values has to be equal in all rows, which dialogues cannot promise.
+    fixed = "messages" not in task
+    assert positions(config) == ["auto", "front", "auto" if fixed else "front"]
+    first, front, prefix = positions(with_positions(config, tokenizer))
+    assert (front, prefix) == ("front", first if fixed else "front")
     # Mistral's templates write the text of the system into the last turn of the user.
     late = family in ("mistral", "mistral-v3") and "messages" in task
     assert first == ("system" if stock.system and not late else "user")
@@ -309,8 +333,8 @@ def test_a_teacher_does_not_replace_text_of_the_rows(tmp_path, tokenizer) -> Non
         ),
         (
             {"messages": "m"},
-            {"position": "user", "method": "prefix_tuning"},
-            "come before all text",
+            {"position": "user", "method": "prefix_tuning", **DISTILL},
+            "not possible with prefix_tuning and objective: distill",
         ),
         ({"messages": "m", "system": "x"}, {}, "system: works with chat: true only"),
         ({"messages": "m", "chat": True}, {}, "chat: needs input and target"),

@@ -34,6 +34,10 @@ def _known_encoders(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"enum": encoder_names(), "type": "string"}, {"type": "null"}]
 
 
+#: Beginning of ``Prompt.placement`` for keys and values inside a dialogue.
+AFTER = "after "
+
+
 class Prompt(Section):
     """One trainable prompt: virtual tokens, or keys and values, and the encoder that makes them."""
 
@@ -85,12 +89,13 @@ class Prompt(Section):
         "auto",
         description="place of the virtual tokens\n"
         "auto: system in tasks with messages or chat, or user if the chat template has no turn of "
-        "the system; front in other tasks and with prefix_tuning\n"
+        "the system; front in other tasks, and for prefix_tuning with messages or distill\n"
         "front: before the whole text, as in PEFT\n"
         "system: at the beginning of the system's turn, which is added to dialogues without one\n"
         "user: at the beginning of the first turn of the user\n"
         "system and user need a task with messages or chat. In an input template, "
-        "{virtual_tokens} marks any other place.",
+        "{virtual_tokens} marks any other place. In prefix_tuning, the keys and values of the text "
+        "before the place are a fixed part of the prompt.",
     )
     objective: Literal["labels", "distill"] = Field(
         "labels",
@@ -233,10 +238,11 @@ class Prompt(Section):
                 )
         if problems:
             raise ValueError("\n".join(problems))
-        if self.position not in ("auto", "front") and entry.trains_prefix:
+        inside = self.position not in ("auto", "front")
+        if inside and entry.trains_prefix and self.objective == "distill":
             raise ValueError(
-                f"position: {self.position} is not possible with {self.method}, whose keys and "
-                "values come before all text; use front, or method: prompt_tuning"
+                f"position: {self.position} is not possible with {self.method} and objective: "
+                "distill; use front, or method: prompt_tuning"
             )
         if self.init.zero and not entry.trains_prefix:
             raise ValueError(
@@ -317,6 +323,15 @@ class Prompt(Section):
         entry = find_encoder(self.method, self.encoder)
         assert entry is not None, "_check refuses this"
         return entry
+
+    @property
+    def placement(self) -> str:
+        """``position`` or, for keys and values inside a dialogue, ``after POSITION``.
+
+        Rows of the latter begin at the position: the keys and values include the text before it.
+        """
+        inside = self.entry.trains_prefix and self.position not in ("auto", "front")
+        return f"{AFTER}{self.position}" if inside else self.position
 
     @property
     def encoder_name(self) -> str:

@@ -127,7 +127,9 @@ class RunConfig(Section):
         for i, prompt in enumerate(self.prompts):
             task = self.task(prompt.task)
             inside = task.is_chat and split_template(task.input) is None
-            if prompt.position == "auto" and (prompt.entry.trains_prefix or not inside):
+            if prompt.entry.trains_prefix:  # the text before the place has to be equal in all rows
+                inside &= task.messages is None and prompt.objective != "distill"
+            if prompt.position == "auto" and not inside:
                 self.prompts[i] = prompt.model_copy(update={"position": "front"})
 
     def _search_problems(self) -> Iterator[str]:

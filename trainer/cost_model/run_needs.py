@@ -77,7 +77,7 @@ def needs_of_tasks(
     """
     source = BatchSource(config, tasks)
     active = [True] * len(config.prompts)
-    evaluation = [tasks[p.task].evaluation_at(p.position) for p in config.prompts]
+    evaluation = [tasks[p.task].evaluation_at(p.placement) for p in config.prompts]
     baselines = sum(
         (1 + len(data.task.hand_written))
         * sum(rows.num_tokens for rows in data.evaluation.values())

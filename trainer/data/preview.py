@@ -100,7 +100,7 @@ def preview(
         of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}
         try:
             room = row_room(task, prompts, of_task, context_length)
-            positions = dict.fromkeys(prompt.position for prompt in prompts) or ["front"]
+            positions = dict.fromkeys(prompt.placement for prompt in prompts) or ["front"]
             split_rows = list(_first_rows(task, count))
             for position, (split, rows) in itertools.product(positions, split_rows):
                 tokenized = tokenize(

@@ -43,6 +43,25 @@ def with_positions(
     return config.model_copy(update={"prompts": prompts})
 
 
+def texts_before(
+    config: RunConfig, tokenizer: Any, date: datetime.date | None = None
+) -> dict[str, list[int]]:
+    """Return the tokens that precede keys and values inside a dialogue, by prompt name.
+
+    Args:
+        config: without ``position: auto``.
+        date: the date that a chat template reads; None: today.
+    """
+    texts = dict[str, list[int]]()
+    for prompt in config.prompts:
+        if prompt.placement != prompt.position:
+            encoder = dialogue_encoder(tokenizer, config.task(prompt.task), date)
+            dialogue = user_messages(config.task(prompt.task), "x")
+            ids, at = encoder.marked_opening(with_mark(dialogue, prompt.position))
+            texts[prompt.name] = ids[:at]
+    return texts
+
+
 def _position(task: Task, tokenizer: Any, date: datetime.date | None) -> str:
     """Return the first turn, of system and user, in which the template writes virtual tokens."""
     encoder = dialogue_encoder(tokenizer, task, date)

@@ -127,7 +127,7 @@ class EvalSet:
 
 @dataclass
 class PlacedRows:
-    """Rows of a task as tokenized for a ``prompts.position`` inside the dialogue."""
+    """Rows of a task as tokenized for a ``Prompt.placement`` inside the dialogue."""
 
     train: TokenTable
     evaluation: dict[str, EvalSet] = field(default_factory=dict)
@@ -139,8 +139,8 @@ class TaskData:
 
     Attributes:
         train, evaluation: rows as read with prompts at the front, and without a prompt.
-        placed: ``prompts.position`` -> its rows, for other positions.
-        train_samples: ``prompts.position`` -> some of the train rows, to score.
+        placed: ``Prompt.placement`` -> its rows, for others than ``front``.
+        train_samples: ``Prompt.placement`` -> some of the train rows, to score.
         hand_written: split -> its rows after each hard prompt of the task.
         counts: split -> number of rows, and how many were skipped and truncated. A validation row
             is skipped if it is too long after any of the hard prompts, so that all prompts are
@@ -167,15 +167,15 @@ class TaskData:
     placed: dict[str, PlacedRows] = field(default_factory=dict)
     train_samples: dict[str, EvalSet] = field(default_factory=dict)
 
-    def train_at(self, position: str) -> TokenTable:
-        """Return the training rows for prompts with this ``prompts.position``."""
-        assert position != "auto", "replaced by with_positions"
-        return self.placed[position].train if position in self.placed else self.train
+    def train_at(self, placement: str) -> TokenTable:
+        """Return the training rows for prompts with this ``Prompt.placement``."""
+        assert placement != "auto", "replaced by with_positions"
+        return self.train if placement == "front" else self.placed[placement].train
 
-    def evaluation_at(self, position: str) -> dict[str, EvalSet]:
-        """Return the rows of every evaluation for prompts with this ``prompts.position``."""
-        assert position != "auto", "replaced by with_positions"
-        return self.placed[position].evaluation if position in self.placed else self.evaluation
+    def evaluation_at(self, placement: str) -> dict[str, EvalSet]:
+        """Return the rows of every evaluation for prompts with this ``Prompt.placement``."""
+        assert placement != "auto", "replaced by with_positions"
+        return self.evaluation if placement == "front" else self.placed[placement].evaluation
 
 
 def load_tasks(
@@ -209,7 +209,7 @@ def load_tasks(
         of_task = {p.name: teachers[p.name] for p in prompts if p.name in teachers}
         try:
             room = row_room(task, prompts, of_task, context_length)
-            positions = sorted({prompt.position for prompt in prompts} - {"front"})
+            positions = sorted({prompt.placement for prompt in prompts} - {"front"})
             loader = _TaskLoader(
                 *(task, tokenizer, room, context_length, vocab_size, progress, date, end_ids),
                 positions=positions,

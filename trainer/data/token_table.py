@@ -90,6 +90,19 @@ class Example:
         """(start, stop) of the last labels of the trunk: the target, or the last learned turn."""
         return [span for span in self.label_spans if span[1] <= self.trunk_length][-1]
 
+    def from_place(self) -> Example:
+        """Return the row from the place of the virtual tokens on; the prompt has the rest."""
+        at = self.prompt_at
+        assert at <= self.target_start, "the virtual tokens precede all learned turns"
+        return Example(
+            self.input_ids[at:],
+            tuple((start - at, stop - at) for start, stop in self.label_spans),
+            self.row,
+            0,
+            self.prompt_end - at,
+            tuple((start - at, shared - at) for start, shared in self.branches),
+        )
+
     def linear(self) -> list[Example]:
         """Return every text of the row separately, in the order of the turns they end with.
 

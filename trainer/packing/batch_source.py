@@ -24,7 +24,7 @@ class BatchSource:
     """
 
     def __init__(self, config: RunConfig, tasks: Mapping[str, TaskData]) -> None:
-        self._examples = [tasks[p.task].train_at(p.position) for p in config.prompts]
+        self._examples = [tasks[p.task].train_at(p.placement) for p in config.prompts]
         self._teachers = [tasks[p.task].teachers.get(p.name) for p in config.prompts]
         self._samplers = [
             TokenBudgetSampler(

@@ -71,6 +71,8 @@ class Bank:
         make_optimizer: ``trainer.training.prompt_optimizer.make_optimizer``.
         past: token ids of a text -> its keys and values [n, layers, 2, key heads, head size]; may
             be a collective. Used by prefix tuning only.
+        before: prompt of keys and values -> tokens of the text before it, whose keys and values
+            are a fixed part of it.
         screen: scores candidates of ``init: auto``. None: draw tokens without a search.
         warn: called with warnings about initial values.
 
@@ -91,6 +93,7 @@ class Bank:
         *,
         make_optimizer: OptimizerFactory,
         past: Callable[[Sequence[int]], Tensor] | None = None,
+        before: Mapping[str, Sequence[int]] | None = None,
         screen: InitScorer | None = None,
         warn: Callable[[str], None] = logger.warning,
     ) -> None:
@@ -102,12 +105,19 @@ class Bank:
         self._seeds = [config.prompt_seed(prompt) for prompt in config.prompts]
         self._device = device
         shared_modules: dict[str, nn.Module] = {}
-        searched = {} if screen is None else search_starts(config, vocabulary, screen)
+        before = before or {}
+        searched = {} if screen is None else search_starts(config, vocabulary, screen, before)
         self._encoders = [
             build_encoder(
-                config, prompt, vocabulary, hidden_size, shared_modules, searched.get(i)
+                *(config, prompt, vocabulary, hidden_size, shared_modules, searched.get(i)),
+                after=before.get(prompt.name, ()),
             ).to(device)
             for i, prompt in enumerate(config.prompts)
+        ]
+        #: Keys and values of the text before each prompt, which are not trained.
+        self._fixed = [
+            vocabulary.read(before[name]).to(device) if before.get(name) else None
+            for name in self.names
         ]
         self._groups = group_parameters(config.prompts, self._encoders)
         by_prompt: dict[int, Optimizer] = {}
@@ -166,14 +176,20 @@ class Bank:
             return self._kinds[i](self._folded(i))
         if output is None:
             prompt, update = self._prompts[i], self._optimizers[i].updates
-            output = self._outputs[i] = perturbed(
+            trained = perturbed(
                 self._kinds[i](self._encoders[i]()),
                 self._seeds[i],
                 update,
                 noise=prompt.noise,
                 dropout=prompt.dropout,
             )
+            output = self._outputs[i] = self._kinds[i](self._with_fixed(i, trained.tensor))
         return output
+
+    def _with_fixed(self, i: int, trained_PH: Tensor) -> Tensor:
+        """Add the keys and values of the text before the prompt."""
+        fixed_nH = self._fixed[i]
+        return trained_PH if fixed_nH is None else torch.cat([fixed_nH, trained_PH])
 
     @torch.no_grad()
     def _folded(self, i: int) -> Tensor:
@@ -186,7 +202,7 @@ class Bank:
             folded_PH = self._encoders[i]()
         else:
             folded_PH = functional_call(self._encoders[i], self._judged_parameters(i), ())
-        return folded_PH
+        return self._with_fixed(i, folded_PH)
 
     def _judged_parameters(self, i: int) -> dict[str, Tensor]:
         """Return the encoder's parameters by name or, with ``ema``, their average."""

@@ -207,13 +207,19 @@ class Unsearched:
 
 
 def search_starts(
-    config: RunConfig, vocabulary: Vocabulary, screen: InitScorer
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    screen: InitScorer,
+    before: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[int, Tensor]:
     """Return initial values for the prompts whose start is left open, by their indices.
 
     Embeddings of tokens give the same loss as the keys and values that the base computes from these
     tokens, so both are searched as embeddings. Prompts with the same task, length, seeds, teacher
     and budget share one search.
+
+    Args:
+        before: as in ``Bank``.
     """
     same: dict[object, list[int]] = {}
     for i in _open_prompts(config.prompts):
@@ -233,13 +239,16 @@ def search_starts(
     starts: dict[int, Tensor] = {}
     for several in same.values():
         of = best[several[0]]
-        text, made = str(vocabulary.tokenizer.decode(list(of.words))), dict[bool, Tensor]()
+        text = str(vocabulary.tokenizer.decode(list(of.words)))
+        made = dict[tuple[bool, tuple[int, ...]], Tensor]()
         for i in several:
             screen.say(i, of, text)
-            past = config.prompts[i].entry.trains_prefix
-            if past not in made:
-                made[past] = (vocabulary.read if past else vocabulary.embed)(of.words)
-            starts[i] = made[past].clone()
+            prompt = config.prompts[i]
+            past, after = prompt.entry.trains_prefix, tuple((before or {}).get(prompt.name, ()))
+            if (past, after) not in made:
+                read = vocabulary.read(of.words, after) if past else vocabulary.embed(of.words)
+                made[past, after] = read
+            starts[i] = made[past, after].clone()
     return starts
 
 

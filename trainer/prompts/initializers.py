@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trainer.config import Init
 from trainer.prompts.peft_adapter import load_peft
-from trainer.prompts.saved_prompts import find_source
+from trainer.prompts.saved_prompts import find_source, trained_rows
 from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -65,12 +65,13 @@ class Vocabulary:
         with torch.no_grad():
             return self.lookup(list(token_ids)).detach().to("cpu", torch.float32).clone()
 
-    def read(self, token_ids: Sequence[int]) -> Tensor:
-        """Compute the keys and values of a text, like ``embed``."""
+    def read(self, token_ids: Sequence[int], after: Sequence[int] = ()) -> Tensor:
+        """Compute the keys and values of a text, which follows the text ``after``; as ``embed``."""
         self._check(token_ids)
         assert self.past is not None, "prefix tuning needs keys and values"
         with torch.no_grad():
-            return self.past(list(token_ids)).detach().to("cpu", torch.float32).clone()
+            read = self.past([*after, *token_ids])[len(after) :]
+        return read.detach().to("cpu", torch.float32).clone()
 
     def _check(self, token_ids: Sequence[int]) -> None:
         if max(token_ids) >= self.size:
@@ -144,6 +145,8 @@ def from_adapter(path: str, vocabulary: Vocabulary, num_virtual_tokens: int) -> 
     """
     source = find_source(path)
     prompt = load_peft(source.folder).tensor.float()
+    if source.prefix:  # without those of fixed text before it
+        prompt = prompt[trained_rows(source.folder, len(prompt))]
     if not prompt.isfinite().all():
         raise BadInput(f"prompts.init.from: {source.folder} is not finite; name another prompt")
     what = f"init from {path} has {len(prompt)} virtual tokens"
@@ -209,10 +212,12 @@ def keys_and_values(
     num_virtual_tokens: int,
     generator: torch.Generator,
     labels: Sequence[str] = (),
+    after: Sequence[int] = (),
 ) -> Tensor:
     """Compute initial keys and values, fp32 [P, layers, 2, key heads, head size].
 
-    The base model reads text, labels or drawn tokens as one text of P tokens. Noise has, in each
+    The base model reads text, labels or drawn tokens as one text of P tokens, which follows the
+    tokens ``after``. Noise has, in each
     layer, the root mean square of the keys (or values) of drawn tokens: the median over the tokens,
     because in many models the first token has keys of a very different size.
 
@@ -221,8 +226,8 @@ def keys_and_values(
     """
     ids = initial_token_ids(init, vocabulary, num_virtual_tokens, generator, labels)
     if ids is not None:
-        return vocabulary.read(ids)
-    read = vocabulary.read(draw_tokens(vocabulary, num_virtual_tokens, generator))
+        return vocabulary.read(ids, after)
+    read = vocabulary.read(draw_tokens(vocabulary, num_virtual_tokens, generator), after)
     if init.zero:
         return torch.zeros_like(read)
     if init.from_ is not None:

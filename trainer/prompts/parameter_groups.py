@@ -62,6 +62,7 @@ def build_encoder(
     hidden_size: int,
     shared_modules: dict[str, nn.Module],
     init: Tensor | None = None,
+    after: Sequence[int] = (),
 ) -> PromptEncoder:
     """Build a prompt's encoder on the CPU, from its own settings, task and seed alone.
 
@@ -69,6 +70,7 @@ def build_encoder(
         shared_modules: modules that prompts have in common, by ``share``; extended here.
         init: result of a search for initial values. None: ``init: auto`` draws tokens, as for a
             prompt whose state is loaded afterwards.
+        after: tokens before the prompt, for keys and values.
     """
     generator = torch.Generator().manual_seed(config.prompt_seed(prompt))
 
@@ -76,9 +78,9 @@ def build_encoder(
         if init is not None:
             return init
         settings = Init(vocab=True) if prompt.init.open else prompt.init
-        initializer = keys_and_values if prompt.entry.trains_prefix else initialize
         labels = label_texts(config.task(prompt.task))
-        return initializer(settings, vocabulary, prompt.num_virtual_tokens, generator, labels)
+        given = settings, vocabulary, prompt.num_virtual_tokens, generator, labels
+        return keys_and_values(*given, after) if prompt.entry.trains_prefix else initialize(*given)
 
     build = prompt.entry.load_builder()
     encoder: PromptEncoder = build(

@@ -76,17 +76,18 @@ class FixedText:
     Attributes:
         ids: token ids of the text.
         at: number of these tokens before the virtual tokens.
-        embeddings: [n, H], of the base.
+        embeddings: [n, H], of the base; None: keys and values of the text are part of the prompt.
         text: the decoded text before and after the virtual tokens, for the model card.
     """
 
     ids: tuple[int, ...]
     at: int
-    embeddings: Tensor
+    embeddings: Tensor | None
     text: tuple[str, str]
 
     def around(self, prompt_PH: Tensor) -> Tensor:
         """Return the embeddings of the prompt's whole segment, [n + P, H]."""
+        assert self.embeddings is not None, "keys and values include the text before them"
         fixed_nH = self.embeddings.to(prompt_PH)
         return torch.cat([fixed_nH[: self.at], prompt_PH, fixed_nH[self.at :]])
 
@@ -103,7 +104,9 @@ def read_fixed_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> FixedTe
         values: Tensor = load_file(folder / WEIGHTS)[TENSOR]
         trained, segment = trained_rows(folder, len(values)), read_json_object(folder / SEGMENT)
         parts = segment["before"], segment["after"]
-        embeddings = torch.cat([values[: trained.start], values[trained.stop :]])
+        prefix = read_json_object(folder / SETTINGS)["peft_type"] == "PREFIX_TUNING"
+        around = values[: trained.start], values[trained.stop :]
+        embeddings = None if prefix else torch.cat(around)
         before, after = (str(tokenizer.decode(list(part))) for part in parts)
         ids = tuple(int(i) for part in parts for i in part)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -168,7 +171,7 @@ def save_peft(
         base_model_name: absolute path of the base model's folder, or its hub id.
         title: of the model card; default: the folder's name.
         description: line of the model card with task and scores.
-        fixed_text: of the prompt's segment; not used for keys and values, which precede all text.
+        fixed_text: of the prompt's segment. Keys and values include those of the text before them.
         inside: the text before the virtual tokens differs between rows.
         rules: of the base; by default, it computes token ids only from their embeddings.
 
@@ -189,7 +192,6 @@ def save_peft(
             "prefix_projection": False,
             "encoder_hidden_size": token_dim,
         }
-        fixed_text = None
     elif fixed_text is not None:
         values = fixed_text.around(values)
     config = {
@@ -212,6 +214,8 @@ def save_peft(
         (folder / SEGMENT).unlink(missing_ok=True)
     else:
         ids, at, trained = list(fixed_text.ids), fixed_text.at, prompt.num_virtual_tokens
+        if not prompt.in_packed_batch:
+            trained -= at
         segment = {"before": ids[:at], "num_virtual_tokens": trained, "after": ids[at:]}
         atomic_io.write_json(folder / SEGMENT, segment)
     use = (rules or IdRules()).card(prompt, fixed_text, inside)

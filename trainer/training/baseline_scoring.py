@@ -71,8 +71,8 @@ def score_train_rows(validator: Validator) -> None:
         k = bank.names.index(name)
         prompt = validator.config.prompts[k]
         data = validator.tasks[prompt.task]
-        if prompt.position in data.train_samples:
-            rows = data.train_samples[prompt.position]
+        if prompt.placement in data.train_samples:
+            rows = data.train_samples[prompt.placement]
             requests.append(Request(rows, k, data.teachers.get(name)))
     tokens = [bank.best(k).to(validator.engine.device) for k in range(len(bank))]
     results = validator.score("scoring train rows", requests, tokens)

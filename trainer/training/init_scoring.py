@@ -35,6 +35,9 @@ class LossInitScorer:
 
     Each candidate costs one forward pass over these rows. The rows, and therefore the result,
     depend only on the prompt's own settings.
+
+    Args:
+        before: as in ``Bank``.
     """
 
     def __init__(
@@ -43,11 +46,13 @@ class LossInitScorer:
         tasks: Mapping[str, TaskData],
         evaluator: Evaluator,
         console: Console,
+        before: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         # A separate source, because that of the run must still begin at the same rows.
         rows = BatchSource(config, tasks).next_step([True] * len(config.prompts))
         self._rows = [[row for row in rows if row.prompt == i] for i in range(len(config.prompts))]
         self._names = [prompt.name for prompt in config.prompts]
+        self._before = [tuple((before or {}).get(name, ())) for name in self._names]
         self._steps = [config.prompt_steps(prompt) for prompt in config.prompts]
         self._evaluator, self._console = evaluator, console
         self._advance: Callable[[int], None] = lambda rows: None
@@ -91,6 +96,7 @@ class LossInitScorer:
             embed: returns embeddings [n, H] of token ids; may be a collective.
         """
         engine = self._evaluator.engine
+        starts = [(i, (*self._before[i], *words)) for i, words in starts]
         totals = torch.zeros(len(starts), dtype=torch.float64, device=engine.device)
         counts: list[int] = []
         for portion, rows, batch in prefetched(self._prepared, self._portions(starts)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ def make_bank(
     files: BaseFiles,
     scorer: InitScorer | None,
     warn: Callable[[str], None],
+    before: Mapping[str, Sequence[int]] | None = None,
 ) -> Bank:
     """Create the prompts of a run; a collective.
 
     Args:
+        before: as in ``Bank``.
         scorer: scores candidates of ``init: auto``; None: draw tokens without a search.
     """
     return Bank(
@@ -40,6 +42,7 @@ def make_bank(
         engine.device,
         make_optimizer=make_optimizer,
         past=lambda ids: keys_and_values(engine, base, ids),
+        before=before,
         screen=scorer,
         warn=warn,
     )

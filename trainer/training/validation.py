@@ -108,7 +108,7 @@ class Validator:
     def request(self, k: int, split: str) -> Request:
         """Return the request to score prompt ``k`` on a split of its task."""
         data = self._data(k)
-        rows = data.evaluation_at(self.config.prompts[k].position)[split]
+        rows = data.evaluation_at(self.config.prompts[k].placement)[split]
         return Request(rows, k, data.teachers.get(self.bank.names[k]))
 
     def score(
@@ -139,7 +139,7 @@ class Validator:
             self.bank.keep_best(k)
             self.progress.scores[name] = scores
             assert validation is not None, "a prompt is ranked by its validation rows"
-            rows = self._data(k).evaluation_at(self.config.prompts[k].position)[VALIDATION]
+            rows = self._data(k).evaluation_at(self.config.prompts[k].placement)[VALIDATION]
             self.keep_predictions(name, step, rows, validation)
         if self.stopping[name].should_stop:
             self._stop(k, "early_stopping")

@@ -121,7 +121,7 @@ class ArmBuilder:
             if arm.kind not in ("no_prompt", "hand_written", "prompt"):
                 continue
             position = next(
-                (prompt.position for index, prompt in self.prompts if index == arm.prompt), "front"
+                (prompt.placement for index, prompt in self.prompts if index == arm.prompt), "front"
             )
             if (shifted := self._shifted(arm, position)) is not None:
                 changed.append(shifted)
@@ -149,7 +149,7 @@ class ArmBuilder:
 
     def _prompt(self, index: int, prompt: Prompt) -> Arm:
         folder = self.options.run_dir / "prompts" / prompt.name
-        rows = self._selected(self.data.evaluation_at(prompt.position)[VALIDATION])
+        rows = self._selected(self.data.evaluation_at(prompt.placement)[VALIDATION])
         size = (folder / WEIGHTS).stat().st_size
         return Arm(
             *(self.task.name, prompt.name, "prompt", rows, index),
@@ -258,7 +258,7 @@ class ArmBuilder:
                 rows,
                 task=strict,
                 virtual_tokens=plain.virtual_tokens,
-                position=prompt.position if prompt else "front",
+                position=prompt.placement if prompt else "front",
             )
         except BadInput as error:
             raise BadInput(

@@ -106,7 +106,7 @@ def all_arms(
             arms.append(Arm(name, "hand_written", text, _sample(rows, sample)))
         for k, prompt in enumerate(trained):
             if prompts[prompt].task == name:
-                rows = data.evaluation_at(prompts[prompt].position)["validation"]
+                rows = data.evaluation_at(prompts[prompt].placement)["validation"]
                 arms.append(Arm(name, "trained", prompt, _sample(rows, sample), k))
     return [arm for arm in arms if arm.rows.candidates]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from trainer.commands.inspect_prompts.results import inspect_prompt, similarity
 from trainer.commands.inspect_prompts.subjects import Subject, make_subject, values_at
 from trainer.commands.inspect_prompts.table import show
 from trainer.config import RunConfig, load_output
+from trainer.data.prompt_positions import texts_before
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine
@@ -27,7 +29,7 @@ from trainer.model.checkpoint_files import BaseFiles, portable_name
 from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.initial_prompts import load_initial
 from trainer.prompts.peft_adapter import read_fixed_text, save_peft
-from trainer.prompts.saved_prompts import WEIGHTS, without_sources
+from trainer.prompts.saved_prompts import WEIGHTS, trained_rows, without_sources
 from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.reporting.inspection import INSPECTION_FILE, Inspection, PrunedPrompt
 from trainer.runtime.console import Console
@@ -76,10 +78,11 @@ def inspect(options: Options, run: SelectedRun, console: Console) -> None:
             known.config,
             options.rows,
             files.context_length,
+            _num_fixed(options.run_dir / "prompts" / prompt.name, known.trained[prompt.name]),
         )
         for prompt in run.prompts
     ]
-    _add_checkpoints(options.run_dir, evaluator, files, known.config, subjects, console)
+    _add_checkpoints(options.run_dir, evaluator, files, known.config, subjects, console, date)
     embed = embedding_function(base.model, engine.device)
     measured = measure(
         evaluator, subjects, embed, options.demonstrations, files.context_length, console
@@ -109,6 +112,12 @@ def _load(run_dir: Path, files: BaseFiles, engine: Engine) -> Known:
     return Known(config, dict(zip(finished, trained, strict=True)), load_initial(run_dir, config))
 
 
+def _num_fixed(folder: Path, prompt: SoftPrompt) -> int:
+    """Return the number of keys and values of fixed text in an adapter."""
+    fixed = not prompt.in_packed_batch
+    return trained_rows(folder, prompt.num_virtual_tokens).start if fixed else 0
+
+
 def _add_checkpoints(
     run_dir: Path,
     evaluator: Evaluator,
@@ -116,6 +125,7 @@ def _add_checkpoints(
     config: RunConfig,
     subjects: Sequence[Subject],
     console: Console,
+    date: datetime.date | None,
 ) -> None:
     """Add the values of every subject at every checkpoint; a collective."""
     engine = evaluator.engine
@@ -123,9 +133,9 @@ def _add_checkpoints(
     if not saved:
         return
     with console.phase("reading checkpoints"):
-        bank = make_bank(
-            without_sources(config), engine, evaluator.base, files, None, lambda text: None
-        )
+        before = texts_before(config, files.tokenizer, date)
+        sources = without_sources(config)
+        bank = make_bank(sources, engine, evaluator.base, files, None, lambda text: None, before)
         try:
             for step, values in values_at(bank, saved):
                 for subject in subjects:
@@ -149,7 +159,7 @@ def _write_pruned(
         return pruned.result
     name = subject.prompt.name
     fixed_text = read_fixed_text(run_dir / "prompts" / name, files.tokenizer)
-    table = tasks[subject.prompt.task].evaluation_at(subject.prompt.position)["validation"]
+    table = tasks[subject.prompt.task].evaluation_at(subject.prompt.placement)["validation"]
     folder = run_dir / PRUNED / name
     dropped = ", ".join(map(str, pruned.result.dropped))
     save_peft(

@@ -96,8 +96,9 @@ def _removals(
     if not _is_finite(measured.scores[""]):
         subject.notes.append("not pruned: its loss is not finite")
         return []
-    full = measured.scores[""]
-    return nested_removals([_change(subject, s, full, chosen_on) for s in measured.without])
+    full, fixed = measured.scores[""], subject.num_fixed
+    changes = [_change(subject, s, full, chosen_on) for s in measured.without[fixed:]]
+    return [[fixed + i for i in dropped] for dropped in nested_removals(changes)]
 
 
 def _change(subject: Subject, changed: Scored, full: Scored, rows: Sequence[int]) -> Difference:

@@ -38,6 +38,7 @@ class Subject:
     Attributes:
         rows: validation rows to score, tokenized for the prompt's position.
         controls: by their names in ``CONTROLS``; those that do not exist are missing.
+        num_fixed: number of the first keys and values that are those of fixed text.
         checkpoints: step and values, the oldest first.
         notes: what cannot be measured, and why.
     """
@@ -45,6 +46,7 @@ class Subject:
     prompt: Prompt
     values: SoftPrompt
     rows: EvalSet
+    num_fixed: int = 0
     controls: dict[str, ControlPrompt] = field(default_factory=dict)
     checkpoints: list[tuple[int, SoftPrompt]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -74,6 +76,7 @@ def make_subject(
     config: RunConfig,
     num_rows: int,
     context_length: int,
+    num_fixed: int = 0,
 ) -> Subject:
     """Collect what is compared with a prompt.
 
@@ -81,9 +84,10 @@ def make_subject(
         trained, initial: values of all finished prompts of the run, and before training, by name.
         config: of the run, with all its prompts.
         num_rows: maximum number of rows.
+        num_fixed: as in ``Subject``.
     """
     values = trained[prompt.name]
-    subject = Subject(prompt, values, rows_of(prompt, data, num_rows))
+    subject = Subject(prompt, values, rows_of(prompt, data, num_rows), num_fixed)
     seed = zlib.crc32(prompt.name.encode()) + config.training.seed
     generator = torch.Generator().manual_seed(seed)
     drawn = random_like(values.tensor, generator).to(values.tensor.device)
@@ -117,7 +121,7 @@ def rows_of(prompt: Prompt, data: TaskData, num_rows: int) -> EvalSet:
 
     Nothing is generated, so no generated code runs.
     """
-    rows = data.evaluation_at(prompt.position)["validation"]
+    rows = data.evaluation_at(prompt.placement)["validation"]
     rows = rows.subset(at_most(data.evaluation["validation"], num_rows))
     metric = "accuracy" if rows.task.scored_by_likelihood else "loss"
     return replace(rows, task=rows.task.model_copy(update={"metric": metric}))

@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import Any
 
 from trainer.config import Task, split_template, template_fields
+from trainer.config.prompt import AFTER
 from trainer.data.column_parsers import content_of, is_learned
 from trainer.data.examples_in_context import example_turns
 from trainer.data.row_validation import render
@@ -86,7 +87,7 @@ class DialogueRowTokenizer(RowTokenizer):
         prefix: a hard prompt in the system's turn, or at ``{virtual_tokens}`` of the input.
         choices: candidates of the last answer, which is then the only learned turn; None: the
             row's own answers.
-        position: ``prompts.position``.
+        position: ``Prompt.placement``.
 
     Raises:
         BadInput: as ``dialogue_encoder``.
@@ -107,11 +108,14 @@ class DialogueRowTokenizer(RowTokenizer):
         super().__init__(task, max_length)
         self.date, self.end_ids = date, end_ids
         self.prefix, self.choices, self.position = prefix, choices, position
+        self.turn = position.removeprefix(AFTER)
         if prefix:
             self.limit = f"with tasks.{task.name}.hand_written {prefix!r}"
         self.encode = dialogue_encoder(tokenizer, task, date, end_ids)
         self._check_system()
         self.fixed = self._fixed_after_prompt()
+        #: Tokens that every row begins with, which are in the prompt; None: they stay in the row.
+        self.omitted = self._before_prompt() if position.startswith(AFTER) else None
 
     def _check_system(self) -> None:
         """Raise ``BadInput`` if the chat template ignores the text of the system."""
@@ -159,6 +163,11 @@ class DialogueRowTokenizer(RowTokenizer):
                 report.truncated += 1
             if not all(dialogue.spans for dialogue in dialogues):
                 raise ValueError("the chat template shows no turn of the assistant")
+            if any(self._begins_otherwise(dialogue) for dialogue in dialogues):
+                raise ValueError(
+                    "the text before the virtual tokens differs from that of other rows, which "
+                    "method: prefix_tuning needs to be equal; use position: front"
+                )
             if self.choices is not None:
                 problem = problem_of_choices(self.task, _answers(dialogues))
                 if problem:
@@ -179,8 +188,17 @@ class DialogueRowTokenizer(RowTokenizer):
         ids, at = dialogue.ids, dialogue.prompt_at
         end = at + common_length(ids[at:], self.fixed)
         end = min([end, dialogue.spans[0][0], *(shared for _, shared in dialogue.branches)])
-        branches = tuple(dialogue.branches)
-        return Example(tuple(ids), tuple(dialogue.spans), row, at, max(at, end), branches)
+        example = Example(
+            *(tuple(ids), tuple(dialogue.spans), row, at, max(at, end), tuple(dialogue.branches))
+        )
+        return example if self.omitted is None else example.from_place()
+
+    def _begins_otherwise(self, dialogue: Dialogue) -> bool:
+        return self.omitted is not None and dialogue.ids[: dialogue.prompt_at] != self.omitted
+
+    def _before_prompt(self) -> list[int]:
+        ids, at = self.encode.marked_opening(with_mark(user_messages(self.task, "x"), self.turn))
+        return ids[:at]
 
     def _messages(
         self, values: Mapping[str, Any], cut: Mapping[str, str] | None = None
@@ -195,7 +213,7 @@ class DialogueRowTokenizer(RowTokenizer):
         else:
             answer = {"role": "assistant", "content": render(self.task.target, values)}
             messages = [*self._asked({**values, **(cut or {})}), answer]
-        messages = with_mark(messages, self.position)
+        messages = with_mark(messages, self.turn)
         system = sum(1 for _ in takewhile(lambda turn: turn["role"] == "system", messages))
         return [*messages[:system], *example_turns(self.task, values), *messages[system:]]
 
@@ -241,7 +259,7 @@ class DialogueRowTokenizer(RowTokenizer):
                 else self._asked(dict.fromkeys(columns, probe))
                 for probe in probes
             ]
-            marked = [with_mark(messages, self.position) for messages in asked]
+            marked = [with_mark(messages, self.turn) for messages in asked]
             if any(MARK in content_of(turn) for turn in marked[0]):
                 return self.encode.fixed_after_mark(marked)
         return []
@@ -283,8 +301,8 @@ class DialogueRowTokenizer(RowTokenizer):
         for start in range(system + 1, len(messages)):
             if messages[start]["role"] == "user" and any(map(is_learned, messages[start:])):
                 kept: Messages = [*messages[:system], *messages[start:]]
-                if self.position == "user":
-                    kept = with_mark(kept, self.position)
+                if self.turn == "user":
+                    kept = with_mark(kept, self.turn)
                 dialogues = self._encode_all(kept, tools)
                 longest = max(dialogue.longest for dialogue in dialogues)
                 if longest <= self.max_length:

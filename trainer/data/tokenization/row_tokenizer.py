@@ -71,7 +71,7 @@ class RowTokenizer(ABC):
     Attributes:
         limit: reason for ``max_length``, for messages.
         prefix, choices: hard prompt before every input; candidate targets of every row.
-        position: ``prompts.position``.
+        position: ``Prompt.placement``.
     """
 
     limit = "(context minus virtual tokens)"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import Task, split_template, template_fields
+from trainer.config.prompt import AFTER
 from trainer.data.dataset import RowDataset
 from trainer.data.row_validation import Problems, label_texts, render
 from trainer.data.token_cache import cached, tokenizer_digest
@@ -89,7 +90,7 @@ def tokenize(
         per_choice: make one example per choice of the task, in this order, instead of one with the
             row's own target. All have the same input, cut so that the longest choice fits; a row
             whose longest choice does not fit is skipped with all its choices.
-        position: ``prompts.position``.
+        position: ``Prompt.placement``.
         date: the date that a chat template reads; None: today.
         end_ids: tokens at which the base's generation stops, for dialogues.
 
@@ -134,7 +135,7 @@ def encode_request(
     Args:
         text: fills the input template if that has exactly one column; otherwise it is the complete
             input or, for a dialogue, the user's turn.
-        position: ``prompts.position``.
+        position: ``Prompt.placement``.
         date: the date that a chat template reads; None: today.
 
     Returns:
@@ -158,9 +159,10 @@ def encode_request(
             return encode_input(tokenizer, text), 0
         before, _, after = text.partition(MARK)
         return encode_halves(tokenizer, before, after)
-    encoder = dialogue_encoder(tokenizer, task, date)
+    encoder, inside = dialogue_encoder(tokenizer, task, date), position.removeprefix(AFTER)
     try:
-        return encoder.marked_opening(with_mark(user_messages(task, text), position))
+        ids, at = encoder.marked_opening(with_mark(user_messages(task, text), inside))
+        return (ids[at:], 0) if position.startswith(AFTER) else (ids, at)
     except TemplateLimitExceeded as error:
         raise BadInput(f"base.model: {limit_problem(error)}") from None
     except ValueError as error:
