@@ -150,7 +150,7 @@ class InferenceBase:
     ) -> GenerationRequest:
         """Make the request for one text; raises ``BadInput`` as ``requests.text_request``."""
         trained = self.prompt(prompt)
-        position = "front" if trained is None else trained.position
+        position = "front" if trained is None else trained.placement
         own = self.task(trained, task)
         soft_prompt = self.soft_prompt(trained)
         return text_request(self.files, own, text, soft_prompt, position, max_new_tokens, self.date)
@@ -165,7 +165,7 @@ class InferenceBase:
     ) -> GenerationRequest:
         """Make the request for the next answer; raises as ``requests.dialogue_request``."""
         trained = self.prompt(prompt)
-        position = "front" if trained is None else trained.position
+        position = "front" if trained is None else trained.placement
         own = self.task(trained, task)
         soft_prompt = self.soft_prompt(trained)
         return dialogue_request(
@@ -243,7 +243,7 @@ class InferenceBase:
         """
         trained = self.prompt(prompt)
         own = self.task(trained, task)
-        position = "front" if trained is None else trained.position
+        position = "front" if trained is None else trained.placement
         values = self.soft_prompt(trained)
 
         given = self.engine.run_on_all(lambda: read_rows(rows, own, use_targets=use_targets))
@@ -310,7 +310,7 @@ class OpenedBase:
     ) -> GenerationRequest:
         """Make a request before the weights are loaded; raises as ``requests.text_request``."""
         (values,) = load_prompts([prompt.folder], self.files, self.engine.device)
-        place = prompt.position
+        place = prompt.placement
         return text_request(self.files, prompt.task, text, values, place, max_new_tokens, self.date)
 
     def load(self, console: Console) -> InferenceBase:

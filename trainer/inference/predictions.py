@@ -65,7 +65,7 @@ def encode_rows(
     date: datetime.date | None,
     progress: RowProgress = no_progress,
 ) -> dict[str, EvalSet]:
-    """Tokenize rows for each ``prompts.position``; rows have the length limit of training.
+    """Tokenize rows for each ``Prompt.placement``; rows have the length limit of training.
 
     Raises:
         BadInput: rows are too long and the task refuses them, or have no tokens.

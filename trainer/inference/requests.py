@@ -6,6 +6,7 @@ import datetime
 from dataclasses import dataclass
 
 from trainer.config import Task
+from trainer.config.prompt import AFTER
 from trainer.data.tokenization.chat_template import Messages, TemplateLimitExceeded
 from trainer.data.tokenization.dialogue_rows import dialogue_encoder, limit_problem
 from trainer.data.tokenization.message_edits import with_mark, with_system
@@ -56,7 +57,7 @@ def text_request(
 
     Args:
         text: fills the task's template if that has one column; otherwise it is the complete input.
-        position: ``prompts.position``.
+        position: ``Prompt.placement``.
         max_new_tokens: None: the task's.
 
     Raises:
@@ -85,12 +86,14 @@ def dialogue_request(
     """
     encoder = dialogue_encoder(files.tokenizer, task, date)
     try:
-        turns = with_mark(with_system(messages, task.system), position)
+        turns = with_mark(with_system(messages, task.system), position.removeprefix(AFTER))
         ids, at = encoder.marked_opening(turns)
     except TemplateLimitExceeded as error:
         raise BadInput(f"base.model: {limit_problem(error)}") from None
     except ValueError as error:
         raise BadInput(f"messages: {error}") from None
+    if position.startswith(AFTER):
+        ids, at = ids[at:], 0
     return _checked(files, task, ids, at, prompt, max_new_tokens)
 
 

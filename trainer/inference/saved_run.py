@@ -58,6 +58,11 @@ class TrainedPrompt:
         return self.settings.position
 
     @property
+    def placement(self) -> str:
+        """As ``Prompt.placement``, which determines the tokens of the rows."""
+        return self.settings.placement
+
+    @property
     def num_virtual_tokens(self) -> int:
         return self.settings.num_virtual_tokens
 

@@ -126,7 +126,7 @@ def served_models(base: InferenceBase, chosen: Sequence[TrainedPrompt]) -> dict[
     for prompt in chosen:
         created = int((prompt.folder / WEIGHTS).stat().st_mtime)
         values = base.soft_prompt(prompt)
-        model = ServedModel(prompt.name, prompt.task, values, prompt.position, created)
+        model = ServedModel(prompt.name, prompt.task, values, prompt.placement, created)
         models[prompt.name] = model
     name = next(name for name in BASE_NAMES if name not in models)
     plain = settings_of(base.config.base).tasks[0]

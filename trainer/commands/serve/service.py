@@ -27,7 +27,7 @@ class ServedModel:
     Attributes:
         task: its template, stop strings and default of ``max_tokens`` are used.
         prompt: None for the base, whose ``task`` has the template ``{text}``.
-        position: ``prompts.position``.
+        position: ``Prompt.placement``.
         created: when the prompt was written, in Unix seconds.
     """
 
