@@ -16,6 +16,9 @@ from rich.text import Text
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import printable
 
+#: Words that follow a command; prompts follow the others.
+_FOLLOWING = {"/template": ("chat", "task"), "/save": (), "/system": ()}
+
 
 class View(Protocol):
     """Shows answers while they are generated."""
@@ -46,16 +49,15 @@ class ChatTerminal:
                 "chat: needs prompt_toolkit on a terminal; run pip install 'promptshard[chat]'"
             )
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import NestedCompleter
+        from prompt_toolkit.completion import DynamicCompleter, WordCompleter
 
-        names = dict.fromkeys(prompts)
-        follow = {"/use": names, "/compare": dict.fromkeys(prompts, names)}
-        follow["/template"] = {"chat": None, "task": None}
+        def completer() -> WordCompleter:
+            words = self._session.default_buffer.document.text_before_cursor.split(" ")
+            known = list(commands) if len(words) == 1 else _FOLLOWING.get(words[0], prompts)
+            return WordCompleter(list(known), WORD=True)
+
         self._session = PromptSession(
-            completer=NestedCompleter.from_nested_dict(
-                {command: follow.get(command) for command in commands}
-            ),
-            complete_while_typing=False,
+            completer=DynamicCompleter(completer), complete_while_typing=False
         )
 
     def read(self, prompt: str) -> str | None:

@@ -70,6 +70,7 @@ class Folder:
             words,
             cwd=self.path,
             env=self.environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -139,6 +140,22 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
 
 
 @pytest.mark.timeout(1000)
+def test_predictions_are_those_of_the_training(folder: Folder) -> None:
+    (command,) = (line for line in commands("promptshard") if " predict " in line)
+    done = folder.run(*shlex.split(command))
+    assert done.returncode == 0, done.stdout + done.stderr
+    records, trained = (
+        [json.loads(line) for line in (folder.path / name).read_text().splitlines()]
+        for name in ("triage.jsonl", "runs/quickstart/predictions/triage.jsonl")
+    )
+    assert [record["row"] for record in records] == [record["row"] for record in trained]
+    for record, before in zip(records, trained, strict=True):
+        made = record["triage"]
+        assert made["prediction"] == before["prediction"]
+        assert made["scores"] == pytest.approx(before["scores"], abs=1e-3)
+        assert made["nll"] == pytest.approx(before["loss"], abs=1e-4)
+
+
 def test_inspection_of_the_quickstart(folder: Folder) -> None:
     """What prompts elicit is above their controls; one rank finds the same as two."""
     assert INSPECT in commands("promptshard")

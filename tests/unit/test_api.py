@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.unit.saved_run import LABELS, ROWS, TINY, save_run
 from trainer.api import BadInput, Run, load_base, load_run
+from trainer.commands.chat.messages import Question
+from trainer.commands.chat.program import make_request
 from trainer.data.dataset import RowDataset
 from trainer.evaluation.prediction_records import scored_columns
 from trainer.evaluation.scoring import Request
@@ -164,6 +169,34 @@ def test_several_bases_are_open_in_one_process(base: InferenceBase) -> None:
         with pytest.raises(BadInput, match="loaded without a run"):
             other.generate(TEXTS[0], "words")
     assert base.generate(TEXTS[0], "words") == before
+
+
+def test_the_example_runs_as_a_script(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = TINY.parent / "python_api.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(run.folder)])
+    runpy.run_path(str(script))
+    shown = capsys.readouterr().out
+    assert "<prompt 'short': task 'triage', prompt_tuning, 3 virtual tokens" in shown
+    assert "torch.Size([3, 128])" in shown
+    assert shown.count("Chest pain since noon. -> ") == 2
+
+
+def test_the_oldest_turns_of_a_dialogue_are_left_out(base: InferenceBase) -> None:
+    talk = [{"role": "user", "content": "Chest pain. " * 20}, {"role": "assistant", "content": "a"}]
+    last = {"role": "user", "content": "A cough."}
+    system = {"role": "system", "content": "Be brief."}
+    question = Question(1, "long", [system, *(talk * 9), last], max_new_tokens=8)
+    request, dropped = make_request(base, question)
+    assert 0 < dropped < 18
+    assert dropped % 2 == 0
+    kept = replace(question, dialogue=[system, *(talk * 9)[dropped:], last])
+    assert make_request(base, kept) == (request, 0)
+    fuller = replace(question, dialogue=[system, *(talk * 9)[dropped - 2 :], last])
+    assert make_request(base, fuller) == (request, 2)
+    with pytest.raises(BadInput, match="must have 1 to"):
+        make_request(base, Question(1, "long", [last | {"content": "Chest pain. " * 900}]))
 
 
 def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) -> None:
