@@ -192,7 +192,10 @@ def _train(
             measured["planned"] = as_summary(plan)
         with times("results"), results_can_be_written_later(output):
             lock.confirm()
-            summary = write_results(output, loop, files, measured, console, fixed_texts)
+            digest = str(identity["base.model, its weights"])
+            summary = write_results(
+                *(output, loop, files, measured, console, fixed_texts), base_digest=digest
+            )
         show_results(summary, config, console)
 
 

@@ -157,7 +157,7 @@ def save_peft(
     fixed_text: FixedText | None = None,
     inside: bool = False,
     rules: IdRules | None = None,
-) -> None:
+) -> str:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
     PEFT puts an adapter before the complete text. Text that comes before the virtual tokens, or
@@ -174,6 +174,9 @@ def save_peft(
         fixed_text: of the prompt's segment. Keys and values include those of the text before them.
         inside: the text before the virtual tokens differs between rows.
         rules: of the base; by default, it computes token ids only from their embeddings.
+
+    Returns:
+        The section of the model card about the use in PEFT.
 
     Raises:
         ValueError: the prompt is not finite.
@@ -222,8 +225,9 @@ def save_peft(
     if fixed_text is not None:
         before, after = map(json.dumps, fixed_text.text)
         use = _WITH_TEXT.format(before=before, after=after) + use
-    card = _card(title or folder.name, config, description, folder, use)
-    atomic_io.write(folder / CARD, card)
+    usage = _usage(config, folder, use)
+    atomic_io.write(folder / CARD, _card(title or folder.name, config, description, usage))
+    return usage
 
 
 def load_peft(folder: Path) -> SoftPrompt:
@@ -244,18 +248,26 @@ def load_peft(folder: Path) -> SoftPrompt:
         ) from None
 
 
-def _card(
-    name: str,
-    config: dict[str, Any],
-    description: str,
-    folder: Path,
-    use: str,
-) -> str:
+def _usage(config: dict[str, Any], folder: Path, use: str) -> str:
+    """Return the lines that load the adapter in PEFT, and the paragraphs ``use``."""
     base, revision = config["base_model_name_or_path"], config["revision"]
     at = "" if revision is None else f", revision={revision!r}"
     source = f"{base!r}{at}"
     if base.endswith(".gguf"):  # transformers takes the file's folder and name
         source = f"{str(Path(base).parent)!r}, gguf_file={Path(base).name!r}"
+    return f"""
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({source})
+model = PeftModel.from_pretrained(base, {str(folder.resolve())!r})  # this folder
+```
+{use}"""
+
+
+def _card(name: str, config: dict[str, Any], description: str, usage: str) -> str:
+    base = config["base_model_name_or_path"]
     kind = config["peft_type"].replace("_", " ").lower()
     what = f"{config['num_virtual_tokens']} virtual tokens of width {config['token_dim']}"
     if kind == "prefix tuning":
@@ -271,12 +283,4 @@ tags: [{kind.replace(" ", "-")}, promptshard]
 
 {what} for `{base}`, trained
 by promptshard; the base itself is unchanged. {description}
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({source})
-model = PeftModel.from_pretrained(base, {str(folder.resolve())!r})  # this folder
-```
-{use}"""
+{usage}"""

@@ -15,6 +15,7 @@ from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.peft_adapter import FixedText, save_peft
 from trainer.reporting.comparison import compare
 from trainer.reporting.html import write_report
+from trainer.reporting.model_card import write_cards
 from trainer.reporting.overfitting import assess
 from trainer.reporting.result_table import ResultRow, TaskTable, task_tables
 from trainer.reporting.summary import (
@@ -35,14 +36,16 @@ def write_results(
     measured: Mapping[str, Any],
     console: Console,
     fixed_texts: Mapping[str, FixedText | None],
+    base_digest: str,
 ) -> RunSummary:
-    """Write adapters, summary and report of a finished run.
+    """Write adapters, their model cards, summary and report of a finished run.
 
     Args:
         measured: fields of ``RunSummary`` that ``measure`` and the checkpoint writer return.
         fixed_texts: text in the segment of each prompt, by its name; None: differs between rows.
+        base_digest: SHA-256 of the base's weights.
     """
-    _save_adapters(output, loop, files, console, fixed_texts)
+    usages = _save_adapters(output, loop, files, console, fixed_texts)
     summary = RunSummary.model_validate(
         {
             "schema_version": SCHEMA_VERSION,
@@ -72,6 +75,8 @@ def write_results(
         update={"tasks": tasks, "selected": selected, "overfitting": overfitting}
     )
     save_summary(output, summary)
+    tables = task_tables(loop.config, summary)
+    write_cards(output, loop.config, summary, tables, usages, base_digest)
     try:
         with console.phase("writing the report"):
             write_report(output)
@@ -88,7 +93,9 @@ def _save_adapters(
     files: BaseFiles,
     console: Console,
     fixed_texts: Mapping[str, FixedText | None],
-) -> None:
+) -> dict[str, str]:
+    """Save the adapters; return the sections of their cards about the use in PEFT, by prompt."""
+    usages = {}
     for k, prompt in enumerate(loop.config.prompts):
         scores = loop.progress.scores.get(prompt.name, {})
         shown = shown_scores(scores, prompt.objective == "distill")
@@ -106,7 +113,7 @@ def _save_adapters(
             if not virtual_tokens.is_finite():
                 console.warn(f"prompt {title!r}: its virtual tokens are not finite; not saved")
                 continue
-            save_peft(
+            usage = save_peft(
                 path,
                 virtual_tokens,
                 portable_name(loop.config.base),
@@ -119,6 +126,9 @@ def _save_adapters(
                 inside=prompt.name in fixed_texts and fixed_texts[prompt.name] is None,
                 rules=id_rules(files.config),
             )
+            if path == folder:
+                usages[prompt.name] = usage
+    return usages
 
 
 def _prompt_results(loop: Loop) -> dict[str, dict[str, Any]]:

@@ -63,9 +63,7 @@ def _write(prompt: ExportedPrompt, folder: Path) -> None:
     settings |= {"peft_type": "CARTRIDGE", "num_frozen_tokens": 0}
     atomic_io.write_json(folder / SETTINGS, settings)
     if (folder / CARD).is_file():
-        card = (
-            (folder / CARD).read_text("utf-8").replace("tags: [prefix-tuning", "tags: [cartridge")
-        )
+        card = (folder / CARD).read_text("utf-8").replace("prefix-tuning", "cartridge", 1)
         atomic_io.write(folder / CARD, card)
 
 
