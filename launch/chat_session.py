@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 
 from launch.chat_terminal import ChatTerminal
 from trainer.commands.chat.messages import Question, Reply
-from trainer.config import Task
+from trainer.config import PLACEHOLDER, Task
 from trainer.inference.saved_run import SavedRun
 from trainer.runtime.errors import EXIT_DONE, EXIT_FAILURE, BadInput, did_you_mean
 
@@ -187,9 +187,7 @@ class ChatSession:
         """Whether the base's chat template writes the dialogue of a prompt."""
         if self._template is not None:
             return self._template == CHAT
-        if lane.prompt is None or self._run.prompts[lane.prompt].task.is_chat:
-            return self._has_chat_template
-        return False
+        return self._has_chat_template and (lane.prompt is None or _is_dialogue(self._task(lane)))
 
     def _describe(self) -> None:
         """Show who answers, and what it reads."""
@@ -271,3 +269,8 @@ class ChatSession:
         for problem in dict.fromkeys(problems):
             self._terminal.note(problem)
         return answers
+
+
+def _is_dialogue(task: Task) -> bool:
+    """Whether the rows of a task are dialogues, or messages without other text around them."""
+    return task.is_chat and not PLACEHOLDER.sub("", task.input).strip()
