@@ -213,7 +213,7 @@ class ChatSession:
         return [*system, *lane.turns]
 
     def _ask(self, text: str) -> None:
-        """Ask all prompts, show their answers, and add these to the dialogue."""
+        """Send a message to all prompts, show their answers, and add these to the dialogue."""
         asked = {next(self._numbers): lane for lane in self._lanes}
         for number, lane in asked.items():
             lane.turns.append({"role": "user", "content": text})

@@ -108,7 +108,7 @@ def train(
     processes: int | None = 1,
     fresh: bool = False,
 ) -> Run:
-    """Train the prompts of a run file, as ``promptshard train`` in a process of its own.
+    """Train the prompts of a run file, as ``promptshard train``, in another process.
 
     Output of the command is printed here. A run that was interrupted continues from its last
     checkpoint; one that has finished is only opened.

@@ -56,6 +56,8 @@ def test_a_file_of_other_inputs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="has predictions of other data; name another"):
         output.check(IDENTITY | {"data": "3"}, fresh=False)
     assert output.open(IDENTITY | {"data": "3"}, fresh=True) == 0
+    assert output.open(IDENTITY, fresh=False) == 0, "without a line, nothing is lost"
+    assert output.open(IDENTITY | {"data": "3"}, fresh=False) == 0
     output.path.write_text('{"row": 5}\n')
     with pytest.raises(BadInput, match=r"out\.jsonl:1: is not the prediction for row 1"):
         output.open(IDENTITY | {"data": "3"}, fresh=False)
@@ -85,7 +87,8 @@ def test_the_output_depends_on_prompts_and_rows(run: Path) -> None:
         ([], "the run has triage, free; name the prompts with --prompt"),
         (["short"], "short: is not expected; name prompts with --prompt short"),
         (["--prompt", "short", "--out", "{}/none/out.jsonl"], "--out: cannot write into"),
-        (["--prompt", "short", "--out", "{}/rows.jsonl"], "it is not known what wrote it"),
+        (["--prompt", "short", "--out", "{}/rows.jsonl", "--fresh"], "is the file of --data"),
+        (["--prompt", "short", "--out", "{}/run/run.yaml"], "it is not known what wrote it"),
         (["--prompt", "short", "--data", "{}/row.jsonl"], "did you mean 'rows.jsonl'?"),
         (["--prompt", "unfinished"], "prompt 'unfinished' is not saved yet"),
     ],

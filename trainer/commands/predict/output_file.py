@@ -38,7 +38,7 @@ class OutputFile:
             raise BadInput(
                 f"--out: cannot write into {self.path.absolute().parent}; name an existing folder"
             )
-        if fresh or not self.path.exists():
+        if self._is_new(fresh):
             return
         try:
             before = read_json_object(self.about)
@@ -76,7 +76,7 @@ class OutputFile:
             BadInput: as ``check``, or the last line is not a line of this command.
         """
         self.check(identity, fresh=fresh)
-        if fresh or not self.path.exists():
+        if self._is_new(fresh):
             # In place: the lock is on this file.
             self.about.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
             atomic_io.write(self.path, "")
@@ -88,6 +88,9 @@ class OutputFile:
                 "file, or use --fresh to replace it"
             )
         return lines
+
+    def _is_new(self, fresh: bool) -> bool:
+        return fresh or not self.path.exists() or self.path.stat().st_size == 0
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append lines and write them to disk."""

@@ -113,6 +113,9 @@ def make_plan(options: Options, on_rows: OnRows | None = None) -> PredictionPlan
     Raises:
         BadInput: with the problems of all prompts, or of all rows.
     """
+    both_exist = options.out.exists() and Path(options.data).exists()
+    if both_exist and options.out.samefile(options.data):
+        raise BadInput("--out: is the file of --data; name another file")
     run = open_run(options.run_dir)
     prompts = run.selected(options.prompts)
     tasks = {prompt.task.name: prompt.task for prompt in prompts}
