@@ -24,6 +24,7 @@ from launch import (
     plan_command,
     predict_command,
     preflight,
+    push_command,
     restarts,
     scaffold_commands,
     serve_command,
@@ -315,6 +316,7 @@ app.command(epilog=EXIT_CODES)(example_commands.example)
 app.command(epilog=EXIT_CODES)(lint_command.lint)
 app.command(epilog=EXIT_CODES)(plan_command.plan)
 app.command(epilog=EXIT_CODES)(export_command.export)
+app.command(epilog=EXIT_CODES)(push_command.push)
 app.command(epilog=EXIT_CODES)(settings_commands.settings)
 app.command(epilog=EXIT_CODES)(settings_commands.schema)
 

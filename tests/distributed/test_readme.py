@@ -32,9 +32,13 @@ DOCUMENTS = [
 ]
 QUICKSTART = "promptshard train examples/quickstart.yaml"
 INSPECT = "promptshard inspect runs/quickstart --prune"
-#: Commands that other tests run: this one downloads a model
-#: (tests/integration/test_smollm2_example.py).
-ELSEWHERE = {"promptshard example smollm2 work"}
+#: Commands that other tests run: one downloads a model (tests/integration/test_smollm2_example.py),
+#: one needs a hub (tests/unit/test_push.py).
+ELSEWHERE = {
+    "promptshard example smollm2 work",
+    "promptshard push runs/quickstart me/triage-prompt --prompt triage --private "
+    "--base-model me/tiny-base",
+}
 #: Trainings after the first are cut short, each into a folder of its own. What a prompt is compared
 #: with, and on all rows, the first has shown. It also ran on two ranks; others run on one.
 SHORT = ["training.steps=2", "evaluation.every=50"]

@@ -545,7 +545,7 @@ def test_the_guard_spares_a_process_group_that_finished():
 
 
 COMMANDS = ["train", "validate", "submit", "status", "list", "generate", "inspect", "prepare"]
-COMMANDS += ["chat", "export", "predict", "sync"]
+COMMANDS += ["chat", "export", "push", "predict", "sync"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -2,7 +2,8 @@
 
 - ``prepare``: convert a base model to int8
 - ``generate``: generate text with a trained prompt
-- ``export``: turn a task description into a prompt with a trained text encoder
+- ``export``: turn a task description into a prompt with a trained text encoder;
+  ``export_prompt``: write a trained prompt for another program
 - ``evaluate``: compare trained prompts with their alternatives
 - ``lint``: score the rewrites of instructions
 - ``plan``: compute memory, speed and hours of a run

@@ -14,5 +14,5 @@
 
 ``chat_template_file`` reads ``base.chat_template``; ``tokenizer_class`` compares the tokenizer with
 its file. ``fingerprint`` hashes the files of a base. ``embedding_lookup`` reads the embeddings of
-some tokens without loading the base.
+some tokens without loading the base; ``embedding_table`` finds their table for other programs.
 """

@@ -10,4 +10,5 @@
    ``resume_check.py`` compares the prompts with those of a checkpoint.
 6. ``peft_adapter.py``: ``SoftPrompt`` <-> PEFT adapter; ``saved_prompts.py`` checks adapters that
    initialize other prompts, without torch.
+7. ``formats/``: ``SoftPrompt`` -> files for vLLM, SGLang, TensorRT-LLM, llama.cpp, NumPy and PEFT.
 """

@@ -9,5 +9,6 @@
    ``verdict`` describes its comparison in words; ``costs`` the cost of the run
 5. ``terminal_table``, ``html`` and ``mlflow_note`` render the tables: terminal, ``report.html`` and
    ``FinalResults`` for MLflow
-6. ``run_end`` waits for the upload to MLflow, or writes the summary of a failed run
+6. ``model_card`` writes the ``README.md`` of every adapter, as the Hugging Face hub reads it
+7. ``run_end`` waits for the upload to MLflow, or writes the summary of a failed run
 """

@@ -186,12 +186,17 @@ def _data_facts(splits: Sequence[DataSplit], task: Task) -> list[tuple[str, str]
     return [
         (
             f"{split.split.replace('_', ' ')} rows",
-            f"{split.rows or 0:,} of {code(redact(split.path or 'unknown'))}, "
+            f"{split.rows or 0:,} of {code(_file(split.path or 'unknown'))}, "
             f"SHA-256 {code(split.digest)}",
         )
         for split in splits
         if split.task == task.name
     ]
+
+
+def _file(path: str) -> str:
+    """Return the path of a data file, or its name if the path is that of one machine only."""
+    return Path(path).name if Path(path).is_absolute() else redact(path)
 
 
 def _setting_facts(prompt: Prompt, task: Task, summary: RunSummary) -> list[tuple[str, str]]:
