@@ -189,20 +189,20 @@ def _explain(error: HfHubHTTPError, upload: Upload, token: str) -> NoReturn:
     """Raise the error that fits a refusal of the hub."""
     status = error.response.status_code
     detail = redact((error.server_message or "").strip().split("\n")[0], [token])
-    said = f" ({detail})" if detail else ""
+    reason = f" ({detail})" if detail else ""
     if status == 401:
-        raise BadInput(f"push: the hub does not accept the token{said}; {_TOKEN_HELP}") from None
+        raise BadInput(f"push: the hub does not accept the token{reason}; {_TOKEN_HELP}") from None
     if status == 403:
         raise BadInput(
-            f"push: the token may not write to {upload.repo}{said}; use a token with the role "
+            f"push: the token may not write to {upload.repo}{reason}; use a token with the role "
             "write, and an owner that you belong to"
         ) from None
     if status == 404:
         raise BadInput(
-            f"push: the hub has no {upload.repo}, or the token may not see it{said}; check OWNER "
+            f"push: the hub has no {upload.repo}, or the token may not see it{reason}; check OWNER "
             "and the token"
         ) from None
     if status < 500 and status != 429:
-        raise BadInput(f"push: the hub rejects the upload, with status {status}{said}") from None
-    messages.failure(f"push: the hub failed with status {status}{said}; push again later")
+        raise BadInput(f"push: the hub rejects the upload, with status {status}{reason}") from None
+    messages.failure(f"push: the hub failed with status {status}{reason}; push again later")
     raise typer.Exit(EXIT_FAILURE) from None
