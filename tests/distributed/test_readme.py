@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from launch.launcher_command import free_port
 from tests import golden
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +34,7 @@ DOCUMENTS = [
 ]
 QUICKSTART = "promptshard train examples/quickstart.yaml"
 INSPECT = "promptshard inspect runs/quickstart --prune"
+SERVE = "promptshard serve runs/quickstart"
 #: Commands that other tests run: one downloads a model (tests/integration/test_smollm2_example.py),
 #: one needs a hub (tests/unit/test_push.py).
 ELSEWHERE = {
@@ -122,8 +125,8 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
     words = shlex.split(command)
     if command == QUICKSTART:
         return  # the fixture has run it
-    if command in ELSEWHERE or command == INSPECT:
-        return  # INSPECT: the next test runs it
+    if command in ELSEWHERE or command in (INSPECT, SERVE):
+        return  # other tests of this file run INSPECT and SERVE
     if "train" in words or words[0] == "deepspeed":
         output = f"runs/{abs(hash(command))}"
         tasks = (0, 1) if "quickstart" in command else (0,)
@@ -222,7 +225,32 @@ def poll(url: str) -> Any:
             time.sleep(1)
 
 
-@pytest.mark.parametrize("snippet", blocks("python"))
+@pytest.mark.parametrize("snippet", [text for text in blocks("python") if "openai" not in text])
 def test_python(folder: Folder, snippet: str) -> None:
     done = folder.run(sys.executable, "-c", snippet)
     assert done.returncode == 0, done.stderr
+
+
+def test_clients_of_the_server(folder: Folder) -> None:
+    """The curl command and the snippet get answers; Ctrl-C ends the server with exit code 0."""
+    port = str(free_port())
+    words = [*SERVE.split(), "--port", port, "--processes", "1"]
+    server = subprocess.Popen(
+        words, cwd=folder.path, env=folder.environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        assert any(port in line for line in server.stdout), "it has ended"
+        (snippet,) = (text for text in blocks("python") if "openai" in text)
+        done = folder.run(sys.executable, "-c", snippet.replace("8000", port))
+        assert done.returncode == 0, done.stderr
+        (curl,) = commands("curl")
+        answer = folder.run("bash", "-c", curl.replace("8000", port))
+        text = json.loads(answer.stdout)["choices"][0]["text"]
+        assert text.strip()
+        assert done.stdout.startswith(text)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
