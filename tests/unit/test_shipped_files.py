@@ -28,7 +28,7 @@ POLICIES = sorted((ROOT / "ds_configs").rglob("*.json"))
 #: Documents whose every command of these programs is run by tests/distributed/test_readme.py.
 RUN_DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*RUN_DOCUMENTS, ROOT / "CONTRIBUTING.md"]
-RUN_BY_TESTS = {"promptshard", "deepspeed", "mlflow"}
+RUN_BY_TESTS = {"curl", "promptshard", "deepspeed", "mlflow"}
 #: Other commands of a fenced block, and what runs them. A new one fails here until it is added.
 COMMANDS = {
     "sbatch slurm/cpu-smoke-test.sbatch": "tests/slurm/test_training.py, on a real Slurm",
