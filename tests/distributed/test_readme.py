@@ -60,6 +60,10 @@ def commands(program: str) -> list[str]:
     return [command for command in all_commands if command.split(" ")[0] == program]
 
 
+#: ``mlflow models predict``, which needs a registered model.
+PREDICT = [command for command in commands("mlflow") if " predict " in command]
+
+
 class Folder:
     """A working folder with the examples, in which commands run."""
 
@@ -193,7 +197,20 @@ def test_inspection_of_the_quickstart(folder: Folder) -> None:
                 assert ours[key] == pytest.approx(theirs[key], abs=1e-4), key
 
 
-@pytest.mark.parametrize("command", commands("mlflow"))
+def test_mlflow_predicts_with_a_registered_prompt(folder: Folder) -> None:
+    (command,) = PREDICT
+    register = next(c for c in commands("promptshard") if "--register" in c)
+    done = folder.run(*shlex.split(register))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (rows,) = blocks("json")
+    (folder.path / "rows.json").write_text(rows)
+    done = folder.run(*shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    (prediction,) = json.loads(done.stdout[done.stdout.index('{"predictions"') :])["predictions"]
+    assert prediction["prediction"] in prediction["probabilities"]
+
+
+@pytest.mark.parametrize("command", [c for c in commands("mlflow") if c not in PREDICT])
 def test_mlflow_shows_the_run(folder: Folder, command: str) -> None:
     port = "5997"
     server = subprocess.Popen(
