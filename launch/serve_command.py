@@ -31,33 +31,21 @@ def serve(
         str,
         option(
             "ADDRESS",
-            "Address to listen on. Others than this machine can connect only to 0.0.0.0 or an "
-            f"address of its network. [default: {serving.HOST}]",
+            "Address to listen on; 0.0.0.0: all of this machine, so that others can connect.",
         ),
     ] = serving.HOST,
     port: Annotated[
         int,
-        option(
-            "P", f"Port to listen on; 0: a free one. [default: {serving.PORT}]", min=0, max=65535
-        ),
+        option("P", "Port to listen on; 0: a free one.", min=0, max=65535),
     ] = serving.PORT,
     processes: Processes = None,
     max_concurrent: Annotated[
         int,
-        option(
-            "N",
-            f"Answers that are generated at the same time. [default: {serving.CONCURRENT}]",
-            min=1,
-        ),
+        option("N", "Answers that are generated at the same time, if they fit in memory.", min=1),
     ] = serving.CONCURRENT,
     max_waiting: Annotated[
         int,
-        option(
-            "N",
-            "Further answers that wait; more are refused with status 429. "
-            f"[default: {serving.WAITING}]",
-            min=1,
-        ),
+        option("N", "Further answers that wait; more are refused with status 429.", min=1),
     ] = serving.WAITING,
     max_tokens: Annotated[
         int | None,
@@ -65,12 +53,7 @@ def serve(
     ] = None,
     max_request_bytes: Annotated[
         int,
-        option(
-            "N",
-            "Largest body of a request; larger ones are refused with status 413. "
-            f"[default: {serving.REQUEST_BYTES}]",
-            min=1,
-        ),
+        option("N", "Largest body of a request; larger ones are refused with status 413.", min=1),
     ] = serving.REQUEST_BYTES,
     token_file: Annotated[
         str | None,

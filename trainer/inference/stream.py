@@ -32,7 +32,7 @@ IDLE_SECONDS = 1.0
 
 
 class Busy(Exception):
-    """As many requests are waiting as the limit allows."""
+    """As many requests are running and waiting as the limits allow."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class StreamingDecoder:
             at_end: deliver one piece, when the request ends.
 
         Raises:
-            Busy: too many requests are waiting.
+            Busy: too many requests are running and waiting.
         """
         prompt = None if request.prompt is None else self._prompts.index(request.prompt)
         stream = Stream(next(self._numbers), request, prompt, sampling, on_piece, at_end)
@@ -161,7 +161,8 @@ class StreamingDecoder:
             if self._closing:
                 stream.end("failed" if self.failure else "cancelled")
                 return stream
-            if len(self._waiting) >= self.limits.waiting:
+            unfinished = len(self._running) + len(self._waiting)
+            if unfinished >= self.limits.rows + self.limits.waiting:
                 raise Busy
             self._waiting.append(stream)
             self._changed.notify()

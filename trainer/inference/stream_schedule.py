@@ -23,7 +23,7 @@ class Limits:
         rows: requests that are decoded at the same time.
         tokens: rows times the length that the longest one can reach, with virtual tokens, input
             and generated text included; None: no limit. One row is always decoded.
-        waiting: requests that wait for room.
+        waiting: further requests that wait for room.
     """
 
     rows: int = 64

@@ -22,6 +22,8 @@ from trainer.inference.stream_text import FinishReason
 
 #: Problems of a body that are listed.
 MAX_PROBLEMS = 5
+#: Status in metrics and logs of a request whose client has disconnected, as in nginx.
+CLIENT_CLOSED = 499
 
 
 def make_app(service: Service, metrics: Metrics) -> FastAPI:
@@ -99,6 +101,8 @@ async def _answer(
     async for number, piece in submission.pieces():
         problem = problem or _problem(piece.finish)
         answers.add(number, piece)
+    if submission.is_disconnected:
+        return Response(status_code=CLIENT_CLOSED)
     return JSONResponse(answers.complete()) if problem is None else problem.response()
 
 

@@ -29,6 +29,9 @@ class Submission:
         requests: each with its sampling.
         at_end: deliver one piece per choice.
 
+    Attributes:
+        is_disconnected: the client has closed the connection.
+
     Raises:
         ApiError: too many requests are waiting.
     """
@@ -49,6 +52,7 @@ class Submission:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._unfinished = len(requests)
+        self.is_disconnected = False
         self._streams: list[Stream] = []
         self.num_input_tokens = sum(len(request.input_ids) for request, _ in requests)
         try:
@@ -91,6 +95,7 @@ class Submission:
         """Cancel the choices when the client disconnects."""
         while (await http_request.receive())["type"] != "http.disconnect":
             pass
+        self.is_disconnected = True
         self._cancel()
 
     def _cancel(self) -> None:
