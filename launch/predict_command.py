@@ -78,7 +78,11 @@ def predict(
     )
     with Console(sys.stderr, sys.stderr).reading() as on_rows:
         plan = make_plan(options, on_rows)
-    OutputFile(options.out).check(plan.identity(options), fresh=fresh)
+    output = OutputFile(options.out)
+    output.check(plan.identity(options), fresh=fresh)
+    if not fresh and output.num_lines() == plan.num_rows:
+        messages.note(f"{out}: has all {plan.num_rows:,} rows already")
+        raise typer.Exit
     module, arguments = "trainer.commands.predict", options.arguments()
     report = start_ranks(module, arguments, run_dir, processes, None, direct=True)
     messages.show(report)

@@ -66,6 +66,18 @@ def test_a_file_of_other_inputs_is_refused(tmp_path: Path) -> None:
         output.check(IDENTITY, fresh=False)
 
 
+def test_a_finished_file_starts_nothing(run: Path) -> None:
+    given = options(run, "short")
+    plan = make_plan(given)
+    output = OutputFile(given.out)
+    output.open(plan.identity(given), fresh=False)
+    output.append({"row": row} for row in range(1, plan.num_rows + 1))
+    done = promptshard("predict", *given.arguments())
+    assert done.returncode == 0
+    assert "has all 5 rows already" in done.stderr
+    assert "starting" not in done.stderr
+
+
 def test_two_commands_do_not_write_one_file(tmp_path: Path) -> None:
     output = OutputFile(tmp_path / "out.jsonl")
     refused = pytest.raises(BadInput, match="another command writes")

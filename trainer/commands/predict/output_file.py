@@ -89,6 +89,13 @@ class OutputFile:
             )
         return lines
 
+    def num_lines(self) -> int:
+        """Number of complete lines; 0 without the file."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+
     def _is_new(self, fresh: bool) -> bool:
         return fresh or not self.path.exists() or self.path.stat().st_size == 0
 
