@@ -9,6 +9,7 @@ in one all-reduce.
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,10 @@ def load_shards(
     """
     started = time.perf_counter()
     locations = locate_parameters(model, files.parameters, files.tensors)
-    with return_freed_memory(), SafetensorsReader(files.tensors, progress) as reader:
+    with (
+        return_freed_memory(reuse=not checkpointing),
+        SafetensorsReader(files.tensors, progress) as reader,
+    ):
         loader = _WeightLoader(reader, sharder, dtype, device)
         for path, module in model.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -197,23 +201,35 @@ class _WeightLoader:
 
 
 @contextmanager
-def return_freed_memory() -> Iterator[None]:
+def return_freed_memory(*, reuse: bool = True) -> Iterator[None]:
     """Have glibc return every freed allocation of at least 1 MiB to the system immediately.
 
     By default glibc raises its mmap threshold and keeps such memory for reuse, so freed read
-    buffers would stay resident. Training benefits from reuse: the thresholds are raised at the end.
+    buffers would stay resident. Training is faster with reuse: the thresholds are raised at the
+    end. A threshold in the environment (``MALLOC_MMAP_THRESHOLD_``) is never changed.
+
+    Args:
+        reuse: False keeps a low threshold. Reuse doubles the memory of activations, because glibc
+            (2.36) cannot place an aligned allocation into a hole of its size.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         yield
         return
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        yield
+        return
     mallopt(M_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
-    finally:  # the upper limits of glibc's own adjustment: see mallopt(3)
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+    finally:
+        if reuse:  # the upper limits of glibc's own adjustment: see mallopt(3)
+            mallopt(M_MMAP_THRESHOLD, 32 << 20)
+            mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        else:
+            mallopt(M_MMAP_THRESHOLD, 128 << 10)
+            mallopt(M_TRIM_THRESHOLD, 128 << 10)
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:
