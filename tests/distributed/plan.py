@@ -6,8 +6,10 @@ python -m tests.distributed.plan OUT.json STEP (RUN.yaml OVERRIDES_AS_JSON)...
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from trainer.distributed.model_loading import load_base
 from trainer.distributed.prefetch import RankInfo, prepare_step
 from trainer.distributed.zero3_sharder import base_bytes
 from trainer.model.checkpoint_files import open_base
+from trainer.model.shard_loading import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from trainer.packing.batch_source import BatchSource
 from trainer.prompts.soft_prompt import prompt_lengths
 from trainer.runtime.console import Console
@@ -35,6 +38,7 @@ def main() -> None:
     out, index, *arguments = sys.argv[1:]
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
     configs = {Path(path).stem: load(path, json.loads(overrides)) for path, overrides in pairs}
+    return_tensors()
     engine = Engine(300)
     steps = int(index)
     measure(engine, next(iter(configs.values())), steps)  # brings the code that all runs need
@@ -54,12 +58,11 @@ def measure(engine: Engine, config: RunConfig, steps: int) -> dict[str, Any]:
     files = open_base(config.base)
     # Not that of the folder: transformers replaces it by the one of some families.
     tasks = load_tasks(config, make_tokenizer(), files.context_length, files.config.vocab_size)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident_bytes("VmRSS")
+    return_holes()
     lengths = [n for data in tasks.values() for n in data.train.lengths.tolist()]
     loaded = load_base(engine, files, config, console, lengths=lengths)
     bank = make_bank(config, engine, loaded.model, files, None, console.warn)
+    before, code = start_peak()
     source = BatchSource(config, tasks)
     rank = RankInfo(engine.rank, engine.world_size, engine.device)
 
@@ -73,7 +76,8 @@ def measure(engine: Engine, config: RunConfig, steps: int) -> dict[str, Any]:
 
     for _ in range(steps):  # the hooks of ``SavedBytes`` would delay the release of tensors
         step(None)
-    peak, received = resident_bytes("VmHWM") - before, engine.gathered_bytes
+    peak = resident_bytes("VmHWM") - before - (resident_bytes("RssFile") - code)
+    received = engine.gathered_bytes
     saved = SavedBytes()
     with FlopCounter() as counter:
         result = step(saved)
@@ -88,6 +92,25 @@ def measure(engine: Engine, config: RunConfig, steps: int) -> dict[str, Any]:
     del result, saved, step
     engine.release(loaded.model)
     return measured
+
+
+def return_tensors() -> None:
+    """Have the C library return freed tensors at once: what it keeps depends on earlier cases."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # loading a base changes nothing then
+    for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        ctypes.CDLL(None).mallopt(threshold, 1 << 16)
+
+
+def return_holes() -> None:
+    """Return freed memory of earlier cases, into which loading then writes small objects."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def start_peak() -> tuple[int, int]:
+    """Start a new peak; return the resident bytes, and those of code among them."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS"), resident_bytes("RssFile")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llama-lean": (
         "llama",
         {"num_hidden_layers": 6, "vocab_size": 500},
-        ["engine.base_memory=6.5MB", "training.micro_batch_tokens=140"],
+        ["engine.base_memory=6.5MB", "training.micro_batch_tokens=280"],
     ),
     "llama-recomputed": ("llama", {}, ["engine.gradient_checkpointing=true"]),
     "mistral-prefix": ("mistral", {"hidden_size": 320}, ["prompts.p.method=prefix_tuning"]),
@@ -54,14 +54,14 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "gpt_neox-bank": (
         "gpt_neox",
         {"intermediate_size": 1024},
-        ["prompts.p.sweep.seed=[0, 1, 2]", "training.tokens_per_step=170"],
+        ["prompts.p.sweep.seed=[0, 1, 2]", "training.tokens_per_step=340"],
     ),
     "phi3-16-bits": ("phi3", {}, ["base.quantization=none"]),
-    "olmo2": ("olmo2", {"num_hidden_layers": 3}, ["training.micro_batch_tokens=100"]),
+    "olmo2": ("olmo2", {"num_hidden_layers": 3}, ["training.micro_batch_tokens=200"]),
     "qwen3_moe": (
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 192},
-        ["training.micro_batch_tokens=170"],
+        ["training.micro_batch_tokens=340"],
     ),
 }
 
@@ -99,7 +99,7 @@ def run_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                         }
                     ],
                     "prompts": [{"name": "p", "task": "t", "init": "random"}],
-                    "training": {"steps": 10, "tokens_per_step": 500},
+                    "training": {"steps": 10, "tokens_per_step": 1000},
                 }
             )
         )
@@ -149,5 +149,4 @@ def test_plan_predicts_what_a_run_measures(
     assert cost.gathered_bytes == pytest.approx(most("gathered"), rel=0.05)
     assert cost.flops == pytest.approx(most("flops"), rel=0.03)
     assert cost.saved_bytes / cost.tokens == pytest.approx(most("saved_per_token"), rel=0.10)
-    # Freed memory that the C library keeps is as large as the rest in shapes this small.
-    assert option.bytes.total == pytest.approx(most("peak"), rel=0.5)
+    assert option.bytes.needed == pytest.approx(most("base") + most("peak"), rel=0.2)

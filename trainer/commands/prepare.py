@@ -36,8 +36,8 @@ FILE_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A tensor of the new folder: its header entry, and the function that writes its data."""
+class Entry:
+    """A tensor of a new folder: its header entry, and the function that writes its data."""
 
     name: str
     type: str
@@ -80,13 +80,13 @@ def prepare(
             console.loading(f"quantizing {settings.model}", files.num_bytes) as bar,
             SafetensorsReader(files.tensors, bar.advance) as reader,
         ):
-            entries: list[_Entry] = []
+            entries: list[Entry] = []
             for name in sorted(files.tensors.keys() - {files.parameters.duplicate}):
                 if name in quantized:
                     entries += _quantized_entries(reader, name, quantized[name])
                 else:
                     entries.append(_copied_entry(reader, name))
-            size = _write_weights(writing, entries, file_bytes)
+            size = write_weights(writing, entries, file_bytes)
         _write_other_files(files, settings, writing)
         os.replace(writing, out)
     except BaseException:
@@ -107,7 +107,7 @@ def _quantized_tensors(files: BaseFiles, settings: Base) -> dict[str, TensorLoca
 
 def _quantized_entries(
     reader: SafetensorsReader, name: str, location: TensorLocation
-) -> Iterator[_Entry]:
+) -> Iterator[Entry]:
     """Yield weight, row scales and layout (0: by rows) of a tensor, named as in bitsandbytes."""
     absmax = torch.zeros(location.shape[:-1].numel())
 
@@ -117,13 +117,13 @@ def _quantized_entries(
             _write(file, weight)
 
     rows, layout = tuple(location.shape[:-1]), torch.zeros(1, dtype=torch.uint8)
-    yield _Entry(name, "I8", tuple(location.shape), location.shape.numel(), write_weight)
-    yield _Entry(scales_name(name), "F32", rows, absmax.nbytes, lambda file: _write(file, absmax))
+    yield Entry(name, "I8", tuple(location.shape), location.shape.numel(), write_weight)
+    yield Entry(scales_name(name), "F32", rows, absmax.nbytes, lambda file: _write(file, absmax))
     if name.endswith(".weight"):
-        yield _Entry(f"{name}_format", "U8", (), 1, lambda file: _write(file, layout))
+        yield Entry(f"{name}_format", "U8", (), 1, lambda file: _write(file, layout))
 
 
-def _copied_entry(reader: SafetensorsReader, name: str) -> _Entry:
+def _copied_entry(reader: SafetensorsReader, name: str) -> Entry:
     """A tensor in its stored type; in fp32 if it is in a quantized format."""
     stored = reader.tensors[name]
     if stored.encoding:
@@ -133,17 +133,18 @@ def _copied_entry(reader: SafetensorsReader, name: str) -> _Entry:
             for _, values in RowReader(location, reader).blocks():
                 _write(file, values)
 
-        return _Entry(name, "F32", stored.shape, 4 * location.shape.numel(), decode)
+        return Entry(name, "F32", stored.shape, 4 * location.shape.numel(), decode)
 
     def copy(file: BinaryIO) -> None:
         for start in range(0, stored.num_bytes, BLOCK_BYTES):
             _write(file, reader.read_bytes(name, start, min(start + BLOCK_BYTES, stored.num_bytes)))
 
-    return _Entry(name, stored.type, stored.shape, stored.num_bytes, copy)
+    return Entry(name, stored.type, stored.shape, stored.num_bytes, copy)
 
 
-def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:
-    parts: list[list[_Entry]] = [[]]
+def write_weights(folder: Path, entries: list[Entry], file_bytes: int) -> int:
+    """Write entries in order to weight files of at most ``file_bytes``; return their bytes."""
+    parts: list[list[Entry]] = [[]]
     for entry in entries:
         filled = sum(other.num_bytes for other in parts[-1])
         if parts[-1] and filled + entry.num_bytes > file_bytes:
@@ -164,7 +165,7 @@ def _write_weights(folder: Path, entries: list[_Entry], file_bytes: int) -> int:
     return sum((folder / name).stat().st_size for name in names)
 
 
-def _write_file(path: Path, entries: list[_Entry]) -> None:
+def _write_file(path: Path, entries: list[Entry]) -> None:
     """Write a safetensors file (https://github.com/huggingface/safetensors#format) in blocks."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}

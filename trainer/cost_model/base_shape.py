@@ -139,6 +139,17 @@ class BaseShape:
         return sum(weight.used * weight.elements for weight in self.weights)
 
     @property
+    def largest_quantized(self) -> float:
+        """Elements of the largest int8 matrix that is multiplied at a time.
+
+        Of experts, the share that a token uses: whether a tensor holds one or all of them is not
+        known.
+        """
+        return max(
+            (weight.used * weight.elements for weight in self.weights if weight.rows), default=0
+        )
+
+    @property
     def recomputed(self) -> float:
         """Elements that multiply each token again when layers are recomputed in backward."""
         own = (w for w in self.weights if w.layer is not None and not w.last)

@@ -33,9 +33,12 @@ from trainer.packing.run_budget import run_budget
 
 #: Copies of a prompt's parameters: values, gradient, two states of the optimizer, the best ones.
 PROMPT_COPIES = 5
-#: Memory of a process on a CPU beside these parts: buffers of libraries, and freed memory that the
-#: C library keeps, in multiples of the activations. Fitted to small bases (the test of the plan).
-CPU_SLACK_BYTES, CPU_FREED = 14_000_000, 1.0
+#: Memory of a process on a CPU beside these parts: objects of the model, and freed memory that the
+#: C library keeps for reuse, in multiples of the activations (1.1 to 2.6 with 11 small bases).
+#: Recomputed layers are freed at once (``shard_loading.return_freed_memory``).
+CPU_SLACK_BYTES, CPU_FREED = 5_000_000, 1.5
+#: Copies of a matrix while it is dequantized: converted, and scaled.
+DEQUANTIZED_COPIES = 2
 #: Share of a GPU's memory for activations and gathered layers that fragments.
 FRAGMENTS = 0.05
 #: Time limit in multiples of the planned time, and the seconds added to it.
@@ -49,8 +52,8 @@ class Bytes:
     Attributes:
         base_shard: shard and row scales.
         gathered: layers gathered at a time, and those kept until the step ends.
-        activations: of the longest packed batch.
-        head: slices of logits.
+        activations: of the longest packed batch, with the copies of the matrix it is multiplied by.
+        head: slices of logits, as far as they exceed other temporary tensors.
         prompts: prompts, encoders, gradients, optimizer states.
         other: CUDA context, fragments, freed memory.
     """
@@ -63,9 +66,14 @@ class Bytes:
     other: int
 
     @property
-    def total(self) -> int:
+    def needed(self) -> int:
+        """Bytes of all tensors at the peak."""
         parts = (self.base_shard, self.gathered, self.activations, self.head)
-        return sum(parts) + self.prompts + self.other
+        return sum(parts) + self.prompts
+
+    @property
+    def total(self) -> int:
+        return self.needed + self.other
 
     def as_json(self) -> dict[str, int]:
         return vars(self) | {"total": self.total}
@@ -312,15 +320,18 @@ def option_bytes(
     if group > 1:  # the head, if it is gathered, takes the place of other layers
         total = needs.base.gathered_bytes
         gathered = min(total, placement.kept_bytes + live_bytes(needs.base))
+    memory = replace(memory, margin=1.0)
     activations = int(cost.tokens * memory.peak(checkpointing))
-    other = CPU_SLACK_BYTES + int(CPU_FREED * activations)
+    temporary = activations - int(cost.tokens * memory.saved(checkpointing))
+    copies = int(DEQUANTIZED_COPIES * device.itemsize * needs.base.largest_quantized)
+    other = CPU_SLACK_BYTES + (0 if checkpointing else int(CPU_FREED * activations))
     if not device.on_cpu:
-        other = device.context_bytes + int(FRAGMENTS * (activations + gathered))
+        other = device.context_bytes + int(FRAGMENTS * (activations + copies + gathered))
     return Bytes(
         base_shard=needs.base.resident_bytes(group),
         gathered=gathered,
-        activations=activations,
-        head=LOGITS_COPIES * cost.logits_bytes,
+        activations=activations + copies,
+        head=max(0, LOGITS_COPIES * cost.logits_bytes - temporary),
         prompts=sum(_prompt_bytes(prompt, needs) for prompt in needs.config.prompts),
         other=other,
     )

@@ -159,7 +159,9 @@ class BatchMemory:
     def peak(self, checkpointing: bool) -> float:
         """Return the peak: all saved bytes, and the buffers of one layer."""
         s = self.sizes
-        at_work = 4 * (3 * s.hidden + s.query_width + 2 * s.key_width + 3 * s.mlp)
+        # Of experts: inputs and outputs, sorted by expert and in the order of tokens.
+        routed = 4 * self.itemsize * s.hidden * s.experts_per_token
+        at_work = 4 * (3 * s.hidden + s.query_width + 2 * s.key_width + 3 * s.mlp) + routed
         at_work = max(at_work, 4 * s.recurrent_work)
         losses = 12 * s.hidden
         again = self.layer() if checkpointing else 0
