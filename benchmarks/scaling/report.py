@@ -34,6 +34,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "![useful tokens per second and GPU](scaling.png)",
         "",
+        "Grey: some of these groups do not fit.",
+        "",
         "## Shard group that `auto` takes, by number of GPUs",
         "",
         f"| base | {' | '.join(f'{n:,}' for n in GPUS)} |",
@@ -96,11 +98,12 @@ def _bank_table(bases: list[dict[str, Any]]) -> list[str]:
 def _traces(result: dict[str, Any]) -> list[str]:
     if not result["traces"]:
         return ["Not measured on this machine."]
+    probe = result["traces"][0]["probe_bytes"] / 1e6
     lines = [
         f"Llama of 8 layers, hidden size 512, on {result['machine']}. Two network namespaces, "
         "joined by a cable whose senders `tc tbf` limits; the ranks are divided between them. The "
-        "rate is measured by one all-gather. The seconds of the fast link are those of the "
-        "computations in the simulation.",
+        f"rate is that of one all-gather of {probe:.0f} MB. The seconds of the fast link are those "
+        "of the computations in the simulation.",
         "",
         "| ranks | link | measured rate, MB/s | load average | measured s/step | simulated | "
         "deviation |",

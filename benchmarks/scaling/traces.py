@@ -209,6 +209,7 @@ def rank_program(base: str, out: str) -> None:
             "seconds": statistics.median(seconds),
             "every": seconds,
             "rate": share * PROBE_BYTES / min(times),
+            "probe_bytes": PROBE_BYTES,
             "layers": layers,
             "gathered": engine.gathered_bytes - before[0],
             "exchanged": exchanged,

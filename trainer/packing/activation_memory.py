@@ -161,7 +161,10 @@ class BatchMemory:
         s = self.sizes
         # Of experts: inputs and outputs, sorted by expert and in the order of tokens.
         routed = 4 * self.itemsize * s.hidden * s.experts_per_token
-        at_work = 4 * (3 * s.hidden + s.query_width + 2 * s.key_width + 3 * s.mlp) + routed
+        # Attention and MLP: queries, keys and values with gradients; at most three of MLP width.
+        attention = 2 * (s.query_width + 2 * s.key_width)
+        inner = max(attention, min(3, 1 + s.mlp_tensors) * s.mlp)
+        at_work = 4 * (3 * s.hidden + inner) + routed
         at_work = max(at_work, 4 * s.recurrent_work)
         losses = 12 * s.hidden
         again = self.layer() if checkpointing else 0
