@@ -75,7 +75,7 @@ def smallest_group(base: LargeBase, device: Device, gpus: int) -> int:
 
 
 def plan_group(base: LargeBase, device: Device, group: int, prompts: int = 1) -> Option:
-    """Plan one shard group. Groups compute alike, so that the plan of one holds for all."""
+    """Plan one shard group. All groups of a run have the same plan."""
     return plan_option(_needs(base, group, prompts), device, nodes(group), group)
 
 

@@ -70,8 +70,8 @@ def limit(name: str, megabits: int | None) -> None:
 
 
 def _run(*words: str, check: bool = True) -> None:
-    found = shutil.which(words[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    done = subprocess.run([found or words[0], *words[1:]], capture_output=True, text=True)
+    program = shutil.which(words[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    done = subprocess.run([program or words[0], *words[1:]], capture_output=True, text=True)
     if check and done.returncode:
         raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
 
