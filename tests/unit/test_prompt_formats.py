@@ -371,6 +371,10 @@ def test_keys_and_values(tmp_path: Path) -> None:
         assert model.active_peft_config.peft_type == wanted
         with torch.no_grad():
             logits[kind] = model(input_ids=ids).logits
+        names: dict[str, Any] = {}  # the lines of the card load this folder
+        exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+        assert names["model"].active_peft_config.peft_type == wanted
+        assert f"base, {str(out)!r})" in (out / "README.md").read_text()
     assert torch.equal(logits["cartridge"], logits["prefix_tuning"])
     assert torch.equal(logits[None], logits["prefix_tuning"])
     export(run, tmp_path / "npz", "npz")

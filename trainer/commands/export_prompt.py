@@ -51,7 +51,7 @@ def export_prompt(
         raise BadInput(f"{run_dir}: prompt {name!r} is not saved yet; finish the run first")
     with console.phase("reading the tokenizer of the base"):
         opened = open_tokenizer(config.base)
-        exported = _collect(config, prompt, run_dir, opened, target, peft_type)
+        exported = _collect(config, prompt, run_dir, out, opened, target, peft_type)
 
     def check(folder: Path) -> None:
         _check_stream(folder, target, config.task(prompt.task), prompt, run_dir, opened)
@@ -80,6 +80,7 @@ def _collect(
     config: RunConfig,
     prompt: Prompt,
     run_dir: Path,
+    out: Path,
     opened: BaseTokenizer,
     target: Target,
     peft_type: str | None,
@@ -100,6 +101,7 @@ def _collect(
         name=prompt.name,
         prompt=load_peft(adapter),
         adapter=adapter,
+        out=out,
         base=portable_name(config.base),
         revision=config.base.revision,
         model_type=opened.config.model_type,

@@ -28,6 +28,7 @@ class ExportedPrompt:
 
     Attributes:
         adapter: its folder in PEFT's format.
+        out: the folder that is exported.
         base: absolute path of the base's folder or GGUF file, or its hub id.
         model_type: of the base's text model.
         vocab_size: rows of the base's embedding table.
@@ -48,6 +49,7 @@ class ExportedPrompt:
     name: str
     prompt: SoftPrompt
     adapter: Path
+    out: Path
     base: str
     revision: str | None
     model_type: str

@@ -29,8 +29,7 @@ _README = """
 `virtual_tokens.f32` has {rows} rows of {width} little-endian fp32 numbers, without a header;
 `prompt.json` has their shape and the place of the virtual tokens in the text.
 
-With [llama-cpp-python](https://pypi.org/project/llama-cpp-python/), transformers, safetensors and
-torch:
+With the Python packages llama-cpp-python, transformers, safetensors and torch:
 
 ```bash
 python llama_cpp_example.py {model} "..."

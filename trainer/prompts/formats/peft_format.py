@@ -52,9 +52,14 @@ class _Peft(Target):
 
 def _write(prompt: ExportedPrompt, folder: Path) -> None:
     """Copy the adapter of the run; only the type of keys and values can change."""
-    for name in (SETTINGS, WEIGHTS, SEGMENT, CARD):
+    for name in (SETTINGS, WEIGHTS, SEGMENT):
         if (prompt.adapter / name).is_file():
             shutil.copyfile(prompt.adapter / name, folder / name)
+    if (prompt.adapter / CARD).is_file():
+        card = (prompt.adapter / CARD).read_text("utf-8")
+        # The lines that load the adapter name its folder.
+        places = (repr(str(path.resolve())) for path in (prompt.adapter, prompt.out))
+        atomic_io.write(folder / CARD, card.replace(*places))
     if prompt.peft_type != "cartridge":
         return
     settings = read_json_object(folder / SETTINGS)
