@@ -26,9 +26,13 @@ from tests.family_bases import save_family
 from tests.tokenizers_of_families import make_tokenizer
 from trainer import config as run_files
 from trainer.commands.export_prompt import export_prompt
-from trainer.config import RunConfig, Task
+from trainer.config import Base, RunConfig, Task
 from trainer.data.token_table import Example
+from trainer.data.tokenization.dialogue_rows import dialogue_encoder
+from trainer.data.tokenization.message_edits import with_mark
 from trainer.data.tokenization.tokenize import encode_request
+from trainer.model.checkpoint_files import open_base
+from trainer.model.embedding_lookup import read_token_embeddings
 from trainer.packing.packed_batch import build_packed_batch
 from trainer.packing.packed_row import PackedRow
 from trainer.prompts.formats.target_names import TARGET_NAMES
@@ -411,3 +415,42 @@ def test_a_base_in_gguf_or_int8_cannot_be_read_by_rows(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"base.model"):
         export(run, tmp_path / "out", "vllm")
     export(run, tmp_path / "npz", "npz")  # reads no weight file at all
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "opt-projected", "gemma3", "qwen2_vl"])
+def test_the_script_reads_the_embeddings_of_the_loaded_base(
+    tmp_path: Path, case: str, scripts: Callable[[Path, str], ModuleType]
+) -> None:
+    """From one file or several, also where the text model is inside a multimodal one."""
+    base = save_family(tmp_path / "base", case, max_shard_size="20KB")
+    assert not (base / "model.safetensors").is_file()
+    settings = Base(model=str(base))
+    files, ids = open_base(settings), [7, 3, 7, 20]
+    expected_nH = read_token_embeddings(files, settings, torch.float32, ids)
+    prompt = VirtualTokens(torch.zeros(P, expected_nH.shape[1]))
+    run = write_run(tmp_path / "run", base=base, prompt=prompt)
+    target = "vllm" if case == "gemma3" else "sglang"
+    export(run, tmp_path / "out", target)
+    stream = scripts(tmp_path / "out", f"{target}_client").PromptStream()
+    assert torch.equal(stream.rows(ids), expected_nH)
+
+
+def test_requests_can_be_messages_and_rows(
+    tmp_path: Path, scripts: Callable[[Path, str], ModuleType]
+) -> None:
+    run = write_run(tmp_path / "run", "chat, system text")
+    export(run, tmp_path / "out", "tensorrt-llm")
+    script = scripts(tmp_path / "out", "tensorrt_llm_input")
+    stream = script.PromptStream()
+    as_text = stream.ids("A note.")
+    assert stream.ids({"text": "A note."}) == as_text
+    turns = [
+        {"role": "system", "content": "Sort the note."},
+        {"role": "user", "content": "A note.\nAnswer:"},
+    ]
+    assert stream.ids(turns) == as_text
+    parsed = sys.modules["prompt_stream"].parse_request(json.dumps(turns))
+    assert stream.ids(parsed) == as_text
+    longer = [*turns, {"role": "assistant", "content": "cardiac"}, *turns[1:]]
+    encoder = dialogue_encoder(tokenizer(), run_files.load_output(run).tasks[0])
+    assert stream.ids(longer) == encoder.marked_opening(with_mark(longer, "system"))

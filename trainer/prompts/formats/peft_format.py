@@ -58,8 +58,8 @@ def _write(prompt: ExportedPrompt, folder: Path) -> None:
     if (prompt.adapter / CARD).is_file():
         card = (prompt.adapter / CARD).read_text("utf-8")
         # The lines that load the adapter name its folder.
-        places = (repr(str(path.resolve())) for path in (prompt.adapter, prompt.out))
-        atomic_io.write(folder / CARD, card.replace(*places))
+        before, after = (repr(str(path.resolve())) for path in (prompt.adapter, prompt.out))
+        atomic_io.write(folder / CARD, card.replace(before, after))
     if prompt.peft_type != "cartridge":
         return
     settings = read_json_object(folder / SETTINGS)
