@@ -63,8 +63,8 @@ class Proxy:
         mode: ``passes``; ``hangs``: takes a request and never answers; ``answers 500``;
             ``takes no files``: answers 500 to uploads, passes the rest on; ``stores, answers 500``:
             passes a request on, but answers 500 when one that adds data comes for the first time;
-            ``has no models``: as a server older than MLflow 3; or a number, the HTTP status of all
-            answers.
+            ``has no models``: as a server older than MLflow 3; ``other host``: the server gets
+            another name of its host; or a number, the HTTP status of all answers.
         asked: method and path of every request, in order.
     """
 
@@ -94,6 +94,8 @@ class Proxy:
                     self.reply(int(proxy.mode) if proxy.mode.isdecimal() else 404, {}, b"<p>no</p>")
                     return
                 kept = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
+                if proxy.mode == "other host":
+                    kept["Host"] = "mlflow.example.org"
                 response = requests.request(
                     self.command, server + self.path, headers=kept, data=body, timeout=60
                 )

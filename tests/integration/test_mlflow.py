@@ -201,6 +201,16 @@ def test_a_server_without_models_gets_everything_else(tmp_path: Path, server: Se
     proxy.close()
 
 
+def test_a_server_that_does_not_know_its_host_name(tmp_path: Path, server: Server) -> None:
+    folder = write_inputs(tmp_path / "run")
+    proxy = Proxy(server.uri)
+    proxy.mode = "other host"
+    message = sync_here(folder, read_results, f"http://{proxy.address}").message
+    proxy.close()
+    assert "Invalid Host header" in message
+    assert f"mlflow server --allowed-hosts {proxy.address}" in message
+
+
 REMEDIES = [
     ("401", "http", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"),
     ("403", "http", "of a user who may edit the experiment"),

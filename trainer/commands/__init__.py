@@ -10,7 +10,8 @@
 - ``inspect``: measure the errors of int8 weights and their effect on validation losses
 - ``inspect_prompts``: measure what the virtual tokens of trained prompts do
 - ``preview``: print the first rows as the base will read them
-- ``sync``: upload metrics and artifacts to MLflow, after or during training
+- ``sync``: upload metrics and artifacts to MLflow, after or during training;
+  ``mlflow_model``: load a registered prompt for MLflow
 
 Training itself is ``trainer.__main__``.
 """

@@ -10,10 +10,13 @@
 4. ``store_uri``: ``resolve`` chooses the store (``StoreAddress``) and hides its credentials;
    ``sqlite_store`` creates the default one.
 5. ``run_files``, ``run_metadata``: convert the output folder to params, tags, datasets and
-   ``Artifact`` files.
+   ``Artifact`` files; ``tables``: results as tables that MLflow shows.
 6. ``pusher``: ``Pusher`` compares the folder with ``tracking.json`` (``progress_file``) and sends
    the difference. ``sync`` does the same once, after the run.
-7. ``mlflow_store``: ``MlflowStore`` calls MLflow. Only this package imports mlflow.
+7. ``mlflow_store``: ``MlflowStore`` writes runs. Only this package imports mlflow.
+8. ``model_sender``: at the end, sends each prompt as a LoggedModel (``logged_models``) and, on
+   request, registers it (``registry``) with files that MLflow loads (``model_files``).
+9. ``refusals``: explains errors, and tells refusals from outages.
 
 Imports no torch.
 """

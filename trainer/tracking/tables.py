@@ -22,7 +22,8 @@ EVALUATION = (
     *("name", "kind", "score", "low", "high", "difference", "difference_low", "difference_high"),
     *("p_value", "tokens_per_query", "flops_per_query", "bytes"),
 )
-PREDICTIONS = ("row", "input", "target", "prediction", "correct", "loss")
+#: MLflow's comparison groups by the first column and compares the second one.
+PREDICTIONS = ("input", "prediction", "target", "correct", "loss", "row")
 
 #: Reads a file of the output folder as rows; columns are the keys of the first one.
 ReadTable = Callable[[Path], list[dict[str, Any]]]
