@@ -22,6 +22,7 @@ from trainer.data.teacher import Teacher
 from trainer.evaluation import evaluator as evaluator_module
 from trainer.evaluation import generation
 from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.generation import Generated
 from trainer.evaluation.scoring import Request, Scored
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.checkpoint_files import open_base
@@ -60,7 +61,7 @@ def score(data: TaskData, monkeypatch, written: list[str]) -> tuple[dict[str, fl
 
     def generate(engine, base, ending, inputs, prompt, limit, **_):
         given.extend(words(ending.tokenizer, ids) for ids in inputs)
-        return [ending.tokenizer(text)["input_ids"] for text in written]
+        return [Generated(ending.tokenizer(text)["input_ids"], 0.0) for text in written]
 
     monkeypatch.setattr(evaluator_module, "generate", generate)
     base = fake_base(eos_token_id=[1, 6])  # </s> and <end>
