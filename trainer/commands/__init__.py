@@ -10,6 +10,7 @@
 - ``inspect``: measure the errors of int8 weights and their effect on validation losses
 - ``inspect_prompts``: measure what the virtual tokens of trained prompts do
 - ``preview``: print the first rows as the base will read them
+- ``serve``: answer over HTTP, with OpenAI's API
 - ``sync``: upload metrics and artifacts to MLflow, after or during training;
   ``mlflow_model``: load a registered prompt for MLflow
 
