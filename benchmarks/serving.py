@@ -1,12 +1,12 @@
-"""Tokens per second of the decoder of ``promptshard serve``.
+"""Speed of the decoder of ``promptshard serve``.
 
-    python -m benchmarks.serving NAME=RUN_DIR ...
+    python -m benchmarks.serving NAME RUN_DIR CONCURRENT ...
 
-For 1, 8 and 32 requests at the same time: three times as many requests, of all prompts of the run
-and none, whose inputs and answers have different lengths, so that requests join and leave all the
-time. Answers do not end early. NAME is that of the run's base in the table. One process, without
-HTTP. Beside it, the same requests decoded by ``generate`` in batches that start together, as many
-rows at a time and one prompt per batch. Writes benchmarks/results/serving.md and serving.json.
+For each number of requests at the same time: twice as many requests, of all prompts of the run and
+none, whose inputs and answers have different lengths, so that requests join and leave all the time.
+Answers do not end early. NAME is that of the run's base in the table. One process with one thread,
+without HTTP. Tokens per CPU second hardly depend on what else the machine does; on an idle core
+they are tokens per second. Updates benchmarks/results/serving.json and writes serving.md from it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.figures import machine
-from trainer.evaluation.generation import generate
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.inference.engine import open_engine
 from trainer.inference.loaded_base import InferenceBase, open_inference_base
@@ -35,8 +35,7 @@ from trainer.inference.stream_text import Piece
 from trainer.runtime.console import Console
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CONCURRENT = (1, 8, 32)
-TEXT = "The patient has a headache since this morning and takes a tablet every evening. " * 2
+TEXT = "The patient has a headache since this morning and takes a tablet every evening."
 SHORTEST, LONGEST = 8, 24
 
 
@@ -54,10 +53,8 @@ def make_requests(base: InferenceBase, count: int) -> list[GenerationRequest]:
     return requests
 
 
-def seconds_of_decoder(
-    base: InferenceBase, requests: Sequence[GenerationRequest], rows: int
-) -> float:
-    """Decode all requests, at most ``rows`` at the same time."""
+def decode(base: InferenceBase, requests: Sequence[GenerationRequest], rows: int) -> float:
+    """Decode all requests, at most ``rows`` at the same time; return the CPU seconds."""
     prompts = list({id(r.prompt): r.prompt for r in requests if r.prompt is not None}.values())
     limits = Limits(rows, None, len(requests))
     decoder = StreamingDecoder(base.engine, base.loaded.model, prompts, limits)
@@ -70,92 +67,78 @@ def seconds_of_decoder(
                 ended.set()
 
     with decoder.running():
-        started = time.perf_counter()
+        started = time.process_time()
         for request in requests:
             decoder.submit(request, Sampling(), note)
         ended.wait()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
 
-def seconds_of_generate(
-    base: InferenceBase, requests: Sequence[GenerationRequest], rows: int
-) -> float:
-    """Decode all requests in batches of one prompt, each as long as its longest answer."""
-    started = time.perf_counter()
-    of_prompt = sorted(requests, key=lambda request: id(request.prompt))
-    for _, group in groupby(of_prompt, key=lambda request: id(request.prompt)):
-        same = list(group)
-        for first in range(0, len(same), rows):
-            batch = same[first : first + rows]
-            generate(
-                *(base.engine, base.loaded.model, batch[0].stop),
-                [request.input_ids for request in batch],
-                batch[0].prompt,
-                max(request.max_new_tokens for request in batch),
-                prompt_at=[request.prompt_at for request in batch],
-            )
-    return time.perf_counter() - started
-
-
-def measure(name: str, folder: Path) -> list[dict[str, Any]]:
+def measure(name: str, folder: Path, concurrent: Sequence[int]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
     run = open_run(folder)
     engine = open_engine(run.config.engine.timeout_seconds)
     console = Console(sys.stdout, sys.stderr)
     chosen = list(run.prompts.values())
     base = open_inference_base(engine, run, console, prompts=chosen).load(console)
-    seconds_of_decoder(base, make_requests(base, 4), 4)  # warm-up
+    decode(base, make_requests(base, 1), 1)  # warm-up
     measured = []
-    for rows in CONCURRENT:
-        requests = make_requests(base, 3 * rows)
+    for rows in concurrent:
+        requests = make_requests(base, 2 * rows)
         tokens = sum(request.max_new_tokens for request in requests)
-        load = os.getloadavg()[0]
-        rates = [
-            tokens / seconds(base, requests, rows)
-            for seconds in (seconds_of_decoder, seconds_of_generate)
-        ]
-        measured.append(
-            {
-                "base": name,
-                "prompts": len(chosen),
-                "concurrent": rows,
-                "requests": len(requests),
-                "tokens": tokens,
-                "decoder_tokens_per_second": round(rates[0], 1),
-                "generate_tokens_per_second": round(rates[1], 1),
-                "load_average": round(load, 1),
-            }
-        )
-        print(measured[-1], flush=True)
+        load, started = os.getloadavg()[0], time.perf_counter()
+        seconds = decode(base, requests, rows)
+        entry = {
+            "base": name,
+            "matmul": base.loaded.matmul,
+            "prompts": len(chosen),
+            "concurrent": rows,
+            "requests": len(requests),
+            "input_tokens": sum(r.num_tokens - r.max_new_tokens for r in requests),
+            "tokens": tokens,
+            "tokens_per_cpu_second": round(tokens / seconds, 1),
+            "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
+            "load_average": round(load, 1),
+        }
+        print(entry, flush=True)
+        measured.append(entry)
     base.close()
     return measured
 
 
-def main(arguments: Sequence[str]) -> None:
-    pairs = [argument.partition("=") for argument in arguments]
-    measured = [entry for name, _, folder in pairs for entry in measure(name, Path(folder))]
-    (RESULTS / "serving.json").write_text(
-        json.dumps({"machine": machine(), "results": measured}, indent=1) + "\n"
-    )
-    lines = [
-        "# Tokens per second of the decoder of `promptshard serve`",
-        "",
-        f"`python -m benchmarks.serving NAME=RUN_DIR ...`: greedy, one process. {machine()}. The "
-        "load average is that of the machine before a measurement; 0 would be an idle one.",
-        "",
-        "`generate` decodes the same requests in batches that start together, with one prompt per "
-        "batch, each as long as its longest answer.",
-        "",
-        "| base | at a time | requests, prompts | tokens/s | `generate`, tokens/s | load |",
-        "|---|---|---|---|---|---|",
+def write(measured: Sequence[dict[str, Any]]) -> None:
+    """Replace the entries of the same base and number of requests, and write the table."""
+    path = RESULTS / "serving.json"
+    stored = json.loads(path.read_text())["results"] if path.exists() else []
+    entries = {(entry["base"], entry["concurrent"]): entry for entry in [*stored, *measured]}
+    results = [
+        entries[key] for key in sorted(entries, key=lambda key: (key[0] != "tiny base", key))
     ]
-    for entry in measured:
+    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    lines = [
+        "# Speed of the decoder of `promptshard serve`",
+        "",
+        "`python -m benchmarks.serving NAME RUN_DIR CONCURRENT ...`: greedy, int8, one process "
+        f"with one thread, without HTTP. {machine()}.",
+        "",
+        "Tokens are generated tokens; the time includes that of reading the inputs. Other programs "
+        "used the machine: its load average before a measurement is in the last column. Tokens per "
+        "CPU second hardly depend on it; on an idle core they are tokens per second.",
+        "",
+        "| base | requests at a time | requests | tokens read | tokens | tokens per CPU second | "
+        "tokens/s as measured | load |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in results:
         lines.append(
-            f"| {entry['base']} | {entry['concurrent']} | {entry['requests']}, "
-            f"{entry['prompts']} and none | {entry['decoder_tokens_per_second']:,} | "
-            f"{entry['generate_tokens_per_second']:,} | {entry['load_average']} |"
+            f"| {entry['base']} | {entry['concurrent']} | {entry['requests']} of "
+            f"{entry['prompts']} prompts and none | {entry['input_tokens']:,} | "
+            f"{entry['tokens']:,} | {entry['tokens_per_cpu_second']:,} | "
+            f"{entry['tokens_per_second']:,} | {entry['load_average']} |"
         )
     (RESULTS / "serving.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    base_name, run_folder, *numbers = sys.argv[1:]
+    write(measure(base_name, Path(run_folder), [int(number) for number in numbers]))
