@@ -54,7 +54,7 @@ def generate(
     if max_new_tokens is not None:
         arguments.append(f"--max-new-tokens={max_new_tokens}")
     module = "trainer.commands.generate"
-    report = start_ranks(module, arguments, run_dir, processes, None, direct=True)
+    report = start_ranks(module, arguments, run_dir, processes, None, single=True)
     messages.show(report)
     raise typer.Exit(report.code)
 

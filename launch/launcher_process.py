@@ -83,7 +83,7 @@ class _FailureWatch:
         signals = {pid: ending_signal(pid) for pid in ended}
         for pid in sorted(ended, key=lambda pid: not signals[pid]):
             rank = self._first_rank + self._pids.index(pid)
-            self._ended[pid] = (f"rank {rank} (process {pid} on {platform.node()})", signals[pid])
+            self._ended[pid] = (_name(rank, pid), signals[pid])
 
     def _hasten(self) -> None:
         """Kill the remaining ranks some time after one has failed (not after one has finished)."""
@@ -92,6 +92,10 @@ class _FailureWatch:
                 self._deadline = time.monotonic() + LOSS_SECONDS
         elif time.monotonic() > self._deadline:
             self._kill()
+
+
+def _name(rank: int, pid: int) -> str:
+    return f"rank {rank} (process {pid} on {platform.node()})"
 
 
 class _StartNotice:
@@ -149,7 +153,7 @@ def run_local(
     grace_seconds: float = STOP_SECONDS,
     first_rank: int = 0,
 ) -> ExitReport:
-    """Run the launcher on this machine and report how its ranks ended.
+    """Run the launcher on this machine, or a single rank, and report how the ranks ended.
 
     Rank 0 receives this process's stdout as descriptor 0 (trainer/runtime/stdio.py). All ranks
     share stderr, for errors before a rank has opened its log.
@@ -190,13 +194,16 @@ def run_local(
             _end_ranks(process.pid)
     rank_0_unfinished = first_rank == 0 and unfinished.exists()
     unfinished.unlink(missing_ok=True)
+    first = failures.first
+    if _is_rank(command):
+        first = (_name(first_rank, process.pid), max(0, -process.returncode))
     report = describe(
         process.returncode,
         stop.signals,
         log,
         lost=rank_0_unfinished,
         resumable=module == TRAINER,
-        first=failures.first,
+        first=first,
         hung=read_lost(log.parent),
     )
     _record(report, log)
@@ -286,11 +293,16 @@ def _ranks(group: int) -> list[psutil.Process]:
         try:
             if os.getpgid(process.pid) != group or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if process.cmdline()[1:3] == ["-u", bootstrap.FILE]:  # as the launcher starts them
+            if _is_rank(process.cmdline()):
                 ranks[process.pid] = (process, process.ppid())
         except (psutil.Error, OSError):
             continue
     return [process for process, parent in ranks.values() if parent not in ranks]
+
+
+def _is_rank(command: Sequence[str]) -> bool:
+    """Whether a command line is that of a rank, as the launcher starts them."""
+    return [*command[1:3]] == ["-u", bootstrap.FILE]
 
 
 def signal_group(group: int, number: signal.Signals) -> None:

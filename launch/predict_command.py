@@ -84,6 +84,6 @@ def predict(
         messages.note(f"{out}: has all {plan.num_rows:,} rows already")
         raise typer.Exit
     module, arguments = "trainer.commands.predict", options.arguments()
-    report = start_ranks(module, arguments, run_dir, processes, None, direct=True)
+    report = start_ranks(module, arguments, run_dir, processes, None, single=True)
     messages.show(report)
     raise typer.Exit(report.code)

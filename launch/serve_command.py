@@ -111,7 +111,7 @@ def serve(
     options.read_token()
     options.bind().close()
     report = start_ranks(
-        "trainer.commands.serve", options.arguments(), run_dir, processes, None, direct=True
+        "trainer.commands.serve", options.arguments(), run_dir, processes, None, single=True
     )
     messages.show(report)
     raise typer.Exit(report.code)

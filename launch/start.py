@@ -17,15 +17,15 @@ def start_ranks(
     ranks_per_host: int | None,
     hostfile: str | None,
     *,
-    direct: bool = False,
+    single: bool = False,
 ) -> ExitReport:
     """Run a module on all devices of this machine, or on the hosts of a hostfile over ssh.
 
+    A single rank starts without the DeepSpeed launcher, whose imports take seconds.
+
     Args:
         ranks_per_host: None for one rank per GPU, or for the slots of the hostfile.
-        direct: start a single rank without the DeepSpeed launcher, which saves seconds; the default
-            without a GPU is one rank. The module opens its engine with
-            ``trainer.inference.engine.open_engine``.
+        single: the default without a GPU is one rank.
     """
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
     hosts = launcher_command.read_hostfile(hostfile) if hostfile else []
@@ -43,7 +43,7 @@ def start_ranks(
     gpus = launcher_command.visible_gpus(
         launcher_command.list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     )
-    if direct and not gpus and ranks_per_host is None:
+    if single and not gpus and ranks_per_host is None:
         ranks_per_host = 1
     devices = launcher_command.choose_devices(
         slots if ranks_per_host is None else ranks_per_host, gpus
@@ -51,7 +51,7 @@ def start_ranks(
     log = preflight.open_log(output_dir, log_name)
     where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
     messages.note(f"starting {count(len(devices.ids), 'process')} on {where}; logs: {log.parent}")
-    direct = direct and len(devices.ids) == 1
+    direct = len(devices.ids) == 1
     if not direct:
         messages.note(launcher_command.by_hand(module, arguments, devices, None))
     cores = len(os.sched_getaffinity(0))

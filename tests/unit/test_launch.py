@@ -444,9 +444,51 @@ def test_another_port_is_tried_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(launcher_process, "run_local", run)
     monkeypatch.setattr(launcher_command, "list_gpus", list)
-    ending = start.start_ranks("trainer", ["r.yaml"], str(tmp_path), 1, None)
+    ending = start.start_ranks("trainer", ["r.yaml"], str(tmp_path), 2, None)
     assert ending == port_taken
     assert len(set(ports)) == 2
+
+
+def test_a_single_rank_starts_without_the_launcher(tmp_path, monkeypatch):
+    from launch import start
+
+    commands = []
+
+    def run(command, environment, *_):
+        commands.append((command, environment))
+        return exit_report.ExitReport(0)
+
+    monkeypatch.setattr(launcher_process, "run_local", run)
+    monkeypatch.setattr(launcher_command, "list_gpus", list)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of a job around this command
+    start.start_ranks("trainer", ["r.yaml"], str(tmp_path), 1, None)
+    (command, environment), rank = commands[0], "--arguments-in-environment"
+    assert command == [
+        sys.executable,
+        "-u",
+        bootstrap.FILE,
+        "--parent-death=SIGTERM",
+        rank,
+        "trainer",
+    ]
+    assert "WORLD_SIZE" not in environment
+
+
+def test_a_killed_single_rank_is_named(tmp_path):
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    module = tmp_path / "ends.py"
+    module.write_text(code)
+    devices = Devices("cpu", (0,))
+    (tmp_path / "logs").mkdir()
+    command, environment = launcher_command.direct_command(
+        "ends", devices, launcher_command.environment(os.environ, devices, 1)
+    )
+    environment["PYTHONPATH"] = str(tmp_path)
+    log = tmp_path / "logs" / "launcher.log"
+    report = launcher_process.run_local(command, environment, log, "trainer", 1)
+    assert report.code == 1
+    assert "rank 0 (process" in report.message
+    assert "SIGKILL" in report.message
 
 
 class _Clock:

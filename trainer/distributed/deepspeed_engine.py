@@ -81,12 +81,14 @@ class Engine(Ranks):
         device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
         if not on_cpu:  # before the first collective, which would use device 0 on all ranks
             accelerator.set_device(local_rank)
+        backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+        timeout = timedelta(seconds=timeout_seconds)
+        if os.environ["WORLD_SIZE"] == "1" and not dist.is_initialized():
+            # In memory: needs no port, which another process may use.
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         try:
-            deepspeed.init_distributed(
-                dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-                timeout=timedelta(seconds=timeout_seconds),
-                verbose=False,
-            )
+            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
-
 from trainer.distributed.deepspeed_engine import Engine
 
 #: Open engines of this process, which share one process group.
@@ -19,15 +13,6 @@ def open_engine(timeout_seconds: int) -> Engine:
 
     Several engines may be open in one process; ``close_engine`` closes them.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1" and not dist.is_initialized():
-        # In memory: needs no port, which another process may use.
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
     engine = Engine(timeout_seconds)
     _open.append(engine)
     return engine
