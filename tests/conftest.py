@@ -31,6 +31,7 @@ SLOW_FILES = (
     "test_tokenizer.py",
     "test_flex.py",
     "test_generation.py",
+    "test_serve.py",
     "test_report.py",
     "test_bank.py",
     "test_slurm.py",

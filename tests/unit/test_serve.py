@@ -7,6 +7,7 @@ import json
 import random
 import re
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -25,6 +26,7 @@ from benchmarks.unsharded_base import load_unsharded
 from tests.command_line import promptshard
 from tests.one_rank import OneRank
 from tests.soft_prompts import soft_prompts
+from tests.unit.saved_run import save_run
 from trainer.commands.serve import access
 from trainer.commands.serve.options import Options, parse
 from trainer.commands.serve.program import HttpServer
@@ -459,6 +461,17 @@ def test_a_port_in_use_is_named_before_ranks_start(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(BadInput, match=f"--port: {port} .* give another --port"):
             Options(tmp_path, port=port).bind()
+
+
+def test_runs_and_extras_that_are_missing_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     refused = promptshard("serve", tmp_path / "none")
     assert refused.returncode == 2
     assert "no such folder" in refused.stderr
+    run = save_run(tmp_path / "run")
+    refused = promptshard("serve", run, "--prompt", "shrt")
+    assert refused.returncode == 2
+    assert "did you mean 'short'" in refused.stderr
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    refused = promptshard("serve", run)
+    assert refused.returncode == 2
+    assert "pip install 'promptshard[serve]'" in refused.stderr
