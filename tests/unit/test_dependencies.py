@@ -30,6 +30,8 @@ IMPORTED_AS = {
 }
 #: Imported by mlflow-skinny, which does not require them, for SQLite stores.
 FOR_MLFLOW = {"alembic", "sqlalchemy"}
+#: Scripts that an export copies for users, who run them with the packages of other programs.
+CLIENTS = ROOT / "trainer" / "prompts" / "formats" / "clients"
 #: Extras for work on the repository; the other extras are for users.
 DEVELOPMENT = {"test", "benchmark", "dev"}
 
@@ -44,6 +46,8 @@ def imports() -> set[str]:
     found = set()
     for folder in ("trainer", "launch"):
         for path in (ROOT / folder).rglob("*.py"):
+            if path.parent == CLIENTS:
+                continue
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
                     found |= {alias.name.partition(".")[0] for alias in node.names}
