@@ -70,7 +70,9 @@ def test_constraints_pin_every_dependency() -> None:
     pins = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
     groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
     wanted = {
-        re.split(r"[^\w-]", text, maxsplit=1)[0].lower() for group in groups for text in group
+        re.split(r"[^\w-]", text, maxsplit=1)[0].lower().replace("_", "-")
+        for group in groups
+        for text in group
     }
     assert wanted - pins == {"promptshard"}
 
