@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 LOADER = "trainer.commands.mlflow_model"
 #: Begin of the names of the parts of a base in a checkpoint.
 PART = "base.model, "
+#: Columns of an example that is read back from a text: matching takes the power of their number.
+MAX_COLUMNS = 3
 
 
 def write_model(folder: RunMetadata, prompt: str, model: LoggedModel, target: Path) -> None:
@@ -62,41 +65,32 @@ def write_model(folder: RunMetadata, prompt: str, model: LoggedModel, target: Pa
     for name in (*(f"prompts/{prompt}/{file}" for file in ADAPTER_FILES), "chat-date.txt"):
         if path := folder.file(name):
             shutil.copyfile(path, source / name)
-    example = example_row(folder, prompt, task)
-    _write_examples(example, target)
     requirements = [f"{name}=={_version(name)}" for name in ("promptshard", "mlflow")]
     (target / "requirements.txt").write_text("\n".join(requirements) + "\n")
     _write_yaml(
         target / "python_env.yaml",
         {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]},
     )
-    _write_yaml(
-        target / "MLmodel",
-        {
-            "artifact_path": model.artifact_location,
-            "flavors": {
-                "python_function": {
-                    "loader_module": LOADER,
-                    "data": "run",
-                    "env": {"virtualenv": "python_env.yaml"},
-                    "python_version": platform.python_version(),
-                }
-            },
-            "metadata": {"prompt": prompt, "task": task.name, "base": reference},
-            "mlflow_version": _version("mlflow"),
-            "model_id": model.model_id,
-            "model_uuid": model.model_id,
-            "run_id": model.source_run_id,
-            "saved_input_example_info": {
-                "artifact_path": "input_example.json",
-                "serving_input_path": "serving_input_example.json",
-                "type": "dataframe",
-                "pandas_orient": "split",
-            },
-            "signature": _signature(example, task.choices is not None),
-            "utc_time_created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
+    content = {
+        "artifact_path": model.artifact_location,
+        "flavors": {
+            "python_function": {
+                "loader_module": LOADER,
+                "data": "run",
+                "env": {"virtualenv": "python_env.yaml"},
+                "python_version": platform.python_version(),
+            }
         },
-    )
+        "metadata": {"prompt": prompt, "task": task.name, "base": reference},
+        "mlflow_version": _version("mlflow"),
+        "model_id": model.model_id,
+        "model_uuid": model.model_id,
+        "run_id": model.source_run_id,
+        "utc_time_created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
+    }
+    if example := example_row(folder, prompt, task):
+        content |= _write_example(example, task.choices is not None, target)
+    _write_yaml(target / "MLmodel", content)
 
 
 def base_digests(folder: RunMetadata) -> dict[str, str]:
@@ -111,7 +105,8 @@ def base_digests(folder: RunMetadata) -> dict[str, str]:
 def example_row(folder: RunMetadata, prompt: str, task: config.Task) -> dict[str, Any]:
     """Return the columns of the first validation row, read back from its text with the template.
 
-    The data files are not read: a run folder that comes from elsewhere could name any file.
+    Empty for rows of token ids. The data files are not read: a run folder that comes from
+    elsewhere could name any file.
     """
     if task.messages is not None:
         return {task.messages: [{"role": "user", "content": "..."}]}
@@ -121,20 +116,22 @@ def example_row(folder: RunMetadata, prompt: str, task: config.Task) -> dict[str
     for literal, name in fields:
         pattern += re.escape(literal)
         if name in columns:
-            pattern += "(?P=c{0})" if name in seen else "(?P<c{0}>.*?)"
-            pattern = pattern.format(columns.index(name))
+            group = f"c{columns.index(name)}"
+            pattern += f"(?P={group})" if name in seen else f"(?P<{group}>.*?)"
             seen.add(name)
     path = folder.file(path_of(Path(), prompt).as_posix())
     record: Any = None
     if path is not None:
-        with path.open(encoding="utf-8") as file:
-            record = parse_json(file.readline(1 << 20) or "null")
+        with contextlib.suppress(ValueError), path.open(encoding="utf-8") as file:
+            record = parse_json(file.readline(1 << 20))
     text = record.get("input") if isinstance(record, Mapping) else None
-    match = re.fullmatch(pattern, text, re.DOTALL) if isinstance(text, str) else None
+    is_read = isinstance(text, str) and len(columns) <= MAX_COLUMNS
+    match = re.fullmatch(pattern, str(text), re.DOTALL) if is_read else None
     return {name: match[f"c{i}"] if match else "..." for i, name in enumerate(columns)}
 
 
-def _signature(example: Mapping[str, Any], has_choices: bool) -> dict[str, Any]:
+def _write_example(example: Mapping[str, Any], has_choices: bool, target: Path) -> dict[str, Any]:
+    """Write the files of an input example; return the fields of ``MLmodel`` for its columns."""
     inputs = [
         {"type": "string" if isinstance(value, str) else "any", "name": name, "required": True}
         for name, value in example.items()
@@ -145,13 +142,22 @@ def _signature(example: Mapping[str, Any], has_choices: bool) -> dict[str, Any]:
     ]
     if has_choices:
         outputs.append({"type": "any", "name": "probabilities", "required": True})
-    return {"inputs": json.dumps(inputs), "outputs": json.dumps(outputs), "params": None}
-
-
-def _write_examples(example: Mapping[str, Any], target: Path) -> None:
     split = {"columns": list(example), "data": [list(example.values())]}
     _write_json(target / "input_example.json", split)
     _write_json(target / "serving_input_example.json", {"dataframe_split": split})
+    return {
+        "saved_input_example_info": {
+            "artifact_path": "input_example.json",
+            "serving_input_path": "serving_input_example.json",
+            "type": "dataframe",
+            "pandas_orient": "split",
+        },
+        "signature": {
+            "inputs": json.dumps(inputs),
+            "outputs": json.dumps(outputs),
+            "params": None,
+        },
+    }
 
 
 def _absolute(model: str) -> str:
