@@ -26,7 +26,8 @@ import torch
 from benchmarks.figures import machine
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.inference.engine import open_engine
-from trainer.inference.loaded_base import InferenceBase, open_inference_base
+from trainer.inference.loaded_base import InferenceBase
+from trainer.inference.opened_base import open_inference_base
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.saved_run import open_run
 from trainer.inference.stream import Limits, StreamingDecoder

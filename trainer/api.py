@@ -85,7 +85,7 @@ def load_base(
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import of deepspeed
     from trainer.inference.engine import close_engine, open_engine
-    from trainer.inference.loaded_base import open_inference_base
+    from trainer.inference.opened_base import open_inference_base
 
     if isinstance(source, str | Path):
         source = load_shards(str(source))

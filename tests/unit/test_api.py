@@ -168,6 +168,8 @@ def test_several_bases_are_open_in_one_process(base: InferenceBase) -> None:
         assert isinstance(other.generate(TEXTS[0], max_new_tokens=3), str)
         with pytest.raises(BadInput, match="loaded without a run"):
             other.generate(TEXTS[0], "words")
+    with pytest.raises(BadInput, match="the base is closed; load it again"):
+        other.generate(TEXTS[0])
     assert base.generate(TEXTS[0], "words") == before
 
 

@@ -37,7 +37,7 @@ def _generate(
     with phase, fast_imports():
         from trainer.api import base_digests
         from trainer.inference.engine import close_engine, open_engine
-        from trainer.inference.loaded_base import open_inference_base
+        from trainer.inference.opened_base import open_inference_base
 
     engine = open_engine(run.config.engine.timeout_seconds)
     digests = engine.run_on_main(lambda: base_digests(run.folder))

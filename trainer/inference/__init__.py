@@ -1,8 +1,9 @@
 """Use trained prompts: what predict, generate, chat, serve and the Python API share.
 
 1. ``saved_run``: output folder of a run -> ``SavedRun`` with its ``TrainedPrompt``s; no torch
-2. ``loaded_base``: ``SavedRun`` or a model -> ``InferenceBase``: the sharded base on this rank,
-   which encodes requests, generates texts and scores rows
+2. ``opened_base``: ``SavedRun`` or a model -> ``OpenedBase``, whose files are checked ->
+   ``loaded_base.InferenceBase``: the sharded base on this rank, which encodes requests, generates
+   texts and scores rows
 3. ``input_rows``: file or rows in memory, with or without targets -> ``InputRows``; no torch
 4. ``predictions``: rows and prompts -> ``Prediction`` per row and prompt, with the scoring and the
    generation of ``evaluation``

@@ -10,19 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, overload
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trainer.config import Base, RunConfig, Task
-from trainer.data.tokenization.chat_template import Messages, read_chat_date
+from trainer.config import RunConfig, Task
+from trainer.data.tokenization.chat_template import Messages
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.model_loading import (
-    LoadedBase,
-    fingerprint_base_on_all,
-    load_base,
-    open_base_on_all,
-)
+from trainer.distributed.model_loading import LoadedBase
 from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
 from trainer.evaluation.generation import generate
 from trainer.evaluation.scoring import Request
@@ -34,7 +28,6 @@ from trainer.inference.saved_run import SavedRun, TrainedPrompt
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.prompts.soft_prompt import SoftPrompt
-from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 
 
@@ -47,27 +40,12 @@ def _release(engine: Engine, model: nn.Module) -> None:
 PromptChoice = str | TrainedPrompt | None
 
 
-def settings_of(base: Base) -> RunConfig:
-    """Return the settings of a base that is used without a run: a task with plain texts."""
-    return RunConfig.model_validate(
-        {
-            "output_dir": ".",
-            "base": base.model_dump(mode="json"),
-            "tasks": [
-                {"name": "text", "train": "none.jsonl", "input": "{text}", "target": "{answer}"}
-            ],
-            "prompts": [{"name": "none", "task": "text"}],
-            "training": {"steps": 1},
-        }
-    )
-
-
 @dataclass
 class InferenceBase:
-    """A base on this rank and the prompts that it can use; see ``OpenedBase.load``.
+    """A base on this rank and the prompts that it can use; see ``opened_base``.
 
     Attributes:
-        config: of the run, or from ``settings_of``.
+        config: of the run, or of ``opened_base.settings_of``.
         run: None if the base was loaded without a run.
         date: the date that chat templates read; None: today.
     """
@@ -96,6 +74,10 @@ class InferenceBase:
     def max_batch_tokens(self) -> int:
         """Maximum tokens of a batch of generation: prompt, input and answer of all its rows."""
         return GENERATION_BATCHES * self.loaded.budget.tokens
+
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise BadInput("the base is closed; load it again with load_base")
 
     def prompt(self, choice: PromptChoice) -> TrainedPrompt | None:
         """Return the prompt with a name; raises ``BadInput`` if the run has no such prompt."""
@@ -213,6 +195,7 @@ class InferenceBase:
         Raises:
             BadInput: a name is not known, or a text has no tokens or too many.
         """
+        self._check_open()
         given = [texts] if isinstance(texts, str) else list(texts)
         requests = [
             self.text_request(text, prompt, task=task, max_new_tokens=max_new_tokens)
@@ -246,6 +229,7 @@ class InferenceBase:
         position = "front" if trained is None else trained.placement
         values = self.soft_prompt(trained)
 
+        self._check_open()
         given = self.engine.run_on_all(lambda: read_rows(rows, own, use_targets=use_targets))
         sets = self.engine.run_on_all(
             lambda: encode_rows(self.files, self.config, given, [position], self.date)
@@ -289,69 +273,3 @@ class InferenceBase:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class OpenedBase:
-    """A base whose files are open and checked, but whose weights are not loaded.
-
-    Attributes:
-        config, run, date: as of ``InferenceBase``.
-    """
-
-    engine: Engine
-    files: BaseFiles
-    config: RunConfig
-    run: SavedRun | None
-    date: datetime.date | None
-
-    def text_request(
-        self, text: str, prompt: TrainedPrompt, max_new_tokens: int | None = None
-    ) -> GenerationRequest:
-        """Make a request before the weights are loaded; raises as ``requests.text_request``."""
-        (values,) = load_prompts([prompt.folder], self.files, self.engine.device)
-        place = prompt.placement
-        return text_request(self.files, prompt.task, text, values, place, max_new_tokens, self.date)
-
-    def load(self, console: Console) -> InferenceBase:
-        """Load the weights; a collective."""
-        loaded = load_base(self.engine, self.files, self.config, console)
-        return InferenceBase(self.engine, self.files, self.config, loaded, self.run, self.date)
-
-
-def open_inference_base(
-    engine: Engine,
-    source: SavedRun | Base,
-    console: Console,
-    *,
-    prompts: Sequence[TrainedPrompt] = (),
-    digests: Mapping[str, str] | None = None,
-) -> OpenedBase:
-    """Open the files of a base on all ranks; a collective.
-
-    Args:
-        source: a run whose base is opened, or the settings of a base.
-        prompts: prompts that are read and checked.
-        digests: of the base that the prompts were trained for, by part, as from
-            ``fingerprint_base``; None or empty: not compared.
-
-    Raises:
-        BadInput: on all ranks, if the base or a prompt is missing, damaged, or does not fit.
-    """
-    run: SavedRun | None = None
-    if isinstance(source, SavedRun):
-        run, config = source, source.config
-    else:
-        config = settings_of(source)
-    files = open_base_on_all(engine, config.base, console)
-    if digests:
-        parts = fingerprint_base_on_all(engine, files, console)
-        different = [part for part, digest in parts.items() if digests.get(part) != digest]
-        if different:
-            raise BadInput(
-                f"base.model: {config.base.model!r} is not the base that the prompts were trained "
-                f"for: other content of {', '.join(different)}; restore that model"
-            )
-    engine.run_on_all(lambda: load_prompts([p.folder for p in prompts], files, torch.device("cpu")))
-    date = engine.run_on_main(lambda: None if run is None else read_chat_date(run.folder))
-    return OpenedBase(engine, files, config, run, date)

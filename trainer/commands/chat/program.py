@@ -8,7 +8,8 @@ from pathlib import Path
 from trainer.api import base_digests
 from trainer.commands.chat.messages import Channel, Question, Reply
 from trainer.inference.engine import open_engine
-from trainer.inference.loaded_base import InferenceBase, open_inference_base
+from trainer.inference.loaded_base import InferenceBase
+from trainer.inference.opened_base import open_inference_base
 from trainer.inference.requests import GenerationRequest, TooLong
 from trainer.inference.saved_run import open_run
 from trainer.inference.stream import Stream, StreamingDecoder

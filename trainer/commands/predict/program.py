@@ -17,7 +17,8 @@ from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.scoring import Request
 from trainer.inference.engine import close_engine, open_engine
 from trainer.inference.input_rows import InputRows
-from trainer.inference.loaded_base import InferenceBase, OpenedBase, open_inference_base
+from trainer.inference.loaded_base import InferenceBase
+from trainer.inference.opened_base import OpenedBase, open_inference_base
 from trainer.inference.predictions import (
     Prediction,
     encode_rows,

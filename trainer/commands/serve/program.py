@@ -15,7 +15,8 @@ from trainer.commands.serve.metrics import Metrics
 from trainer.commands.serve.options import Options
 from trainer.commands.serve.service import BASE_NAMES, ServedModel, Service
 from trainer.inference.engine import open_engine
-from trainer.inference.loaded_base import InferenceBase, open_inference_base, settings_of
+from trainer.inference.loaded_base import InferenceBase
+from trainer.inference.opened_base import open_inference_base, settings_of
 from trainer.inference.saved_run import SavedRun, TrainedPrompt
 from trainer.inference.stream import Limits, StreamingDecoder
 from trainer.prompts.saved_prompts import WEIGHTS

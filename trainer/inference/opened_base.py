@@ -1,0 +1,106 @@
+"""Open and check a base with the prompts of a run, then load it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trainer.config import Base, RunConfig
+from trainer.data.tokenization.chat_template import read_chat_date
+from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.model_loading import (
+    fingerprint_base_on_all,
+    load_base,
+    open_base_on_all,
+)
+from trainer.inference.loaded_base import InferenceBase
+from trainer.inference.requests import GenerationRequest, text_request
+from trainer.inference.saved_run import SavedRun, TrainedPrompt
+from trainer.inference.trained_prompts import load_prompts
+from trainer.model.checkpoint_files import BaseFiles
+from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
+
+
+def settings_of(base: Base) -> RunConfig:
+    """Return the settings of a base that is used without a run: a task with plain texts."""
+    return RunConfig.model_validate(
+        {
+            "output_dir": ".",
+            "base": base.model_dump(mode="json"),
+            "tasks": [
+                {"name": "text", "train": "none.jsonl", "input": "{text}", "target": "{answer}"}
+            ],
+            "prompts": [{"name": "none", "task": "text"}],
+            "training": {"steps": 1},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class OpenedBase:
+    """A base whose files are open and checked, but whose weights are not loaded.
+
+    Attributes:
+        config, run, date: as of ``InferenceBase``.
+    """
+
+    engine: Engine
+    files: BaseFiles
+    config: RunConfig
+    run: SavedRun | None
+    date: datetime.date | None
+
+    def text_request(
+        self, text: str, prompt: TrainedPrompt, max_new_tokens: int | None = None
+    ) -> GenerationRequest:
+        """Make a request before the weights are loaded; raises as ``requests.text_request``."""
+        (values,) = load_prompts([prompt.folder], self.files, self.engine.device)
+        place = prompt.placement
+        return text_request(self.files, prompt.task, text, values, place, max_new_tokens, self.date)
+
+    def load(self, console: Console) -> InferenceBase:
+        """Load the weights; a collective."""
+        loaded = load_base(self.engine, self.files, self.config, console)
+        return InferenceBase(self.engine, self.files, self.config, loaded, self.run, self.date)
+
+
+def open_inference_base(
+    engine: Engine,
+    source: SavedRun | Base,
+    console: Console,
+    *,
+    prompts: Sequence[TrainedPrompt] = (),
+    digests: Mapping[str, str] | None = None,
+) -> OpenedBase:
+    """Open the files of a base on all ranks; a collective.
+
+    Args:
+        source: a run whose base is opened, or the settings of a base.
+        prompts: prompts that are read and checked.
+        digests: of the base that the prompts were trained for, by part, as from
+            ``fingerprint_base``; None or empty: not compared.
+
+    Raises:
+        BadInput: on all ranks, if the base or a prompt is missing, damaged, or does not fit.
+    """
+    run: SavedRun | None = None
+    if isinstance(source, SavedRun):
+        run, config = source, source.config
+    else:
+        config = settings_of(source)
+    files = open_base_on_all(engine, config.base, console)
+    if digests:
+        parts = fingerprint_base_on_all(engine, files, console)
+        different = [part for part, digest in parts.items() if digests.get(part) != digest]
+        if different:
+            raise BadInput(
+                f"base.model: {config.base.model!r} is not the base that the prompts were trained "
+                f"for: other content of {', '.join(different)}; restore that model"
+            )
+    engine.run_on_all(lambda: load_prompts([p.folder for p in prompts], files, torch.device("cpu")))
+    date = engine.run_on_main(lambda: None if run is None else read_chat_date(run.folder))
+    return OpenedBase(engine, files, config, run, date)
