@@ -1,0 +1,106 @@
+"""Time from the command to the first step of ``promptshard train`` on the tiny base.
+
+    python -m benchmarks.startup
+
+Writes benchmarks/results/startup.{md,json}. CPU seconds, of the command and its processes, depend
+less on other programs than seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.figures import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RANKS = (1, 2)
+SETTINGS = [
+    *("examples/quickstart.yaml", "training.steps=1", "evaluation.train_rows=0"),
+    *(f"tasks[{i}].hand_written=[]" for i in (0, 1)),
+    *(f"tasks[{i}].max_validation_rows=4" for i in (0, 1)),
+    *(f"prompts[{i}].init=random" for i in (0, 1)),
+]
+#: What rank 0 prints when the first step runs.
+FIRST = "step 1/1"
+
+
+def measure(ranks: int, output: Path) -> dict[str, float]:
+    """Run the command until its first step; return seconds and CPU seconds."""
+    words = [f"output_dir={output}", "--processes", str(ranks)]
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch", "train", *SETTINGS, *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if FIRST in line:
+            break
+    else:
+        raise SystemExit("".join(read))
+    seconds, used = time.monotonic() - started, _cpu_seconds(process.pid)
+    process.stdout.read()
+    process.wait()
+    time_of = json.loads((output / "summary.json").read_text())["time"]
+    return {"seconds": seconds, "cpu_seconds": used, "load": os.getloadavg()[0], **time_of}
+
+
+def _cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process and of all that it has started, ended ones included."""
+    total = 0.0
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "# From the command to the first step",
+        "",
+        f"`python -m benchmarks.startup` on {result['machine']}: `promptshard train` on the tiny "
+        "base, random prompts, no instructions. The load average counts other programs.",
+        "",
+        "| ranks | seconds | CPU seconds | seconds until the ranks are connected | load average |",
+        "|---|---|---|---|---|",
+    ]
+    for ranks, run in result["runs"].items():
+        lines.append(
+            f"| {ranks} | {run['seconds']:.1f} | {run['cpu_seconds']:.1f} | {run['start']:.1f} | "
+            f"{run['load']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = {str(ranks): measure(ranks, Path(temporary) / str(ranks)) for ranks in RANKS}
+    result = {"machine": machine(), "runs": runs}
+    (RESULTS / "startup.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = table(result)
+    (RESULTS / "startup.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
