@@ -493,8 +493,7 @@ def losses(folder: Path) -> dict[tuple[str, int, str], float]:
 TRAINER = """
     import os, signal, sys, time
     from pathlib import Path
-    from trainer.reporting.mlflow_note import read_results
-from trainer.tracking import MetricsLog, TrackingClient, process_client, sender_process
+    from trainer.tracking import MetricsLog, TrackingClient
     from tests.unit.run_folder import log_steps, write_results
     folder, rewind, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     log = MetricsLog(folder)

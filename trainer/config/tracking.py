@@ -39,7 +39,8 @@ class Tracking(Section):
         description="name of a registered model in MLflow\n"
         "Each finished prompt becomes a version, the best one by validation with the alias `best`. "
         "In a run with several tasks, each task has its own model, NAME-TASK. The hand-written "
-        "prompts go to MLflow's prompt registry as NAME-hand-written.",
+        "prompts go to MLflow's prompt registry as NAME-hand-written.\n"
+        "null: nothing is registered",
     )
     tensorboard: bool = Field(
         False,
