@@ -530,7 +530,7 @@ def test_ctrl_c_ends_all_ranks_and_the_run_can_be_resumed(run_file: Path) -> Non
 
 
 def test_a_port_in_use_has_its_own_exit_code(run_file: Path) -> None:
-    """``promptshard`` retries with another port."""
+    """``promptshard`` retries with another port. A single rank needs none."""
     with socket.create_server(("", 0)) as used:
         port = str(used.getsockname()[1])
         done = one_process(
@@ -538,6 +538,10 @@ def test_a_port_in_use_has_its_own_exit_code(run_file: Path) -> None:
             str(run_file),
             "output_dir=" + str(run_file.parent / "taken"),
             MASTER_PORT=port,
+            MASTER_ADDR="127.0.0.1",
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="2",
         )
     assert done.returncode == EXIT_PORT_TAKEN
     assert f"port {port} is used by another process" in done.stderr

@@ -39,8 +39,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def base(run: Run) -> Iterator[InferenceBase]:
+    before = torch.nn.functional.linear
     with patch.dict(os.environ), load_base(run) as base:
         yield base
+    # DeepSpeed replaces it for the whole process.
+    assert torch.nn.functional.linear is before, "a closed base leaves torch as it was"
 
 
 def log_likelihoods(run: Run, name: str, text: str) -> list[float]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from trainer.distributed.deepspeed_engine import Engine
 
 #: Open engines of this process, which share one process group.
 _open: list[Engine] = []
+#: ``nn.functional.linear`` of the caller, which DeepSpeed replaces for the whole process.
+_linear = nn.functional.linear
 
 
 def open_engine(timeout_seconds: int) -> Engine:
@@ -13,6 +17,9 @@ def open_engine(timeout_seconds: int) -> Engine:
 
     Several engines may be open in one process; ``close_engine`` closes them.
     """
+    global _linear
+    if not _open:
+        _linear = nn.functional.linear
     engine = Engine(timeout_seconds)
     _open.append(engine)
     return engine
@@ -24,3 +31,4 @@ def close_engine(engine: Engine) -> None:
         _open.remove(engine)
         if not _open:
             engine.close()
+            nn.functional.linear = _linear

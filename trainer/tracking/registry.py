@@ -7,9 +7,11 @@ nothing twice.
 from __future__ import annotations
 
 import logging
+import os
 import string
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,21 @@ class Score:
         )
 
 
+@contextmanager
+def _as_global_store(uri: str) -> Iterator[None]:
+    """Make this the process's store: MLflow's SQL registry looks there for a version's model."""
+    from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+    variable = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(variable)
+    try:
+        with _use_tracking_uri(uri):
+            yield
+    finally:
+        if before is not None:
+            os.environ[variable] = before
+
+
 class Registry:
     """Registers the prompts of one output folder under a name of the user."""
 
@@ -74,15 +91,16 @@ class Registry:
             version = known[0]
         else:
             self._create_model(name, str(prompt["task"]))
-            version = self.client.create_model_version(
-                name,
-                f"models:/{model.model_id}",
-                run_id=model.source_run_id,
-                model_id=model.model_id,
-                tags={**self._tags(prompt, result), **identity},
-                description=f"Prompt {prompt['name']} of run {self.store.folder.name}",
-                await_creation_for=0,
-            )
+            with _as_global_store(self.store.target.uri):
+                version = self.client.create_model_version(
+                    name,
+                    f"models:/{model.model_id}",
+                    run_id=model.source_run_id,
+                    model_id=model.model_id,
+                    tags={**self._tags(prompt, result), **identity},
+                    description=f"Prompt {prompt['name']} of run {self.store.folder.name}",
+                    await_creation_for=0,
+                )
         self._move_alias(name, version)
         return version
 
