@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 OURS: dict[str, dict[str, Any]] = {
     "ours, prompt_tuning, system": {"method": "prompt_tuning", "position": "system"},
     "ours, prompt_tuning, front": {"method": "prompt_tuning", "position": "front"},
+    "ours, prefix_tuning, system": {"method": "prefix_tuning", "position": "system"},
     "ours, prefix_tuning, front": {"method": "prefix_tuning", "position": "front"},
     "ours, p_tuning, system": {"method": "p_tuning", "position": "system"},
     "ours, p_tuning, front": {"method": "p_tuning", "position": "front"},
