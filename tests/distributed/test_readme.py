@@ -253,7 +253,13 @@ def test_clients_of_the_server(folder: Folder) -> None:
     port = str(free_port())
     words = [*SERVE.split(), "--port", port, "--processes", "1"]
     server = subprocess.Popen(
-        words, cwd=folder.path, env=folder.environment, stdout=subprocess.PIPE, text=True
+        words,
+        cwd=folder.path,
+        env=folder.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell without job control ignores SIGINT in background jobs, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert server.stdout is not None

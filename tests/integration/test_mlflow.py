@@ -274,7 +274,9 @@ def test_a_sender_that_is_refused_waits_for_the_end_of_the_run(
     assert_complete(folder, store)
 
 
-def test_a_sweep_is_compared_by_one_search(tmp_path: Path, store: str) -> None:
+def test_a_sweep_is_compared_by_one_search(
+    tmp_path: Path, store: str, request: pytest.FixtureRequest
+) -> None:
     """Settings, scores and final states of all its prompts have the same names."""
     import mlflow
 
@@ -301,6 +303,7 @@ def test_a_sweep_is_compared_by_one_search(tmp_path: Path, store: str) -> None:
     log.close()
     sync(folder)
 
+    request.addfinalizer(lambda: mlflow.set_tracking_uri(None))
     mlflow.set_tracking_uri(store)
     table = mlflow.search_runs(
         experiment_names=["support"],

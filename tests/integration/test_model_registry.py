@@ -25,10 +25,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield a store for all tests: each has its own experiment and names of models."""
+    import mlflow
+
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
             if name.startswith("MLFLOW_"):
                 patch.delenv(name)
+        mlflow.set_tracking_uri(None)  # that of other tests of this process
         yield f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 

@@ -53,7 +53,7 @@ class Score:
 
 @contextmanager
 def _as_global_store(uri: str) -> Iterator[None]:
-    """Make this the process's store: MLflow's SQL registry looks there for a version's model."""
+    """Make this the process's store: MLflow's registry looks there for models and runs."""
     from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
     variable = "MLFLOW_TRACKING_URI"
@@ -201,9 +201,10 @@ class Registry:
                         commit_message=f"Hand-written prompt for task {name}",
                         tags=clean_tags({"task": name, metric: score}),
                     )
-                self.client.link_prompt_version_to_run(
-                    parent, f"prompts:/{registered}/{version.version}"
-                )
+                with _as_global_store(self.store.target.uri):
+                    self.client.link_prompt_version_to_run(
+                        parent, f"prompts:/{registered}/{version.version}"
+                    )
 
 
 def template_of(text: str, task: Mapping[str, Any]) -> str:

@@ -86,7 +86,8 @@ def main(given: list[str]) -> None:
     elif not arguments.report:
         run(laboratory, design, arguments.budget)
     # The table has all results with these steps, also those that this call did not ask for.
-    all_cells = replace(design, arms=ARMS, tasks=TASKS, seeds=SEEDS, rows=ROWS)
+    rows = tuple(dict.fromkeys((*design.rows, *ROWS)))
+    all_cells = replace(design, arms=ARMS, tasks=TASKS, seeds=SEEDS, rows=rows)
     write(laboratory, all_cells)
 
 

@@ -16,7 +16,7 @@ STEP_PROFILE = "step profile"
 #: Other arms start from the best instruction, so it is the first.
 BASELINES = (HAND_WRITTEN, MAJORITY, NO_PROMPT, SHOTS)
 #: Arms that are compared first.
-DECISIVE_OURS = ("ours, prefix_tuning, system", "ours, prompt_tuning, system")
+DECISIVE_OURS = ("ours, prompt_tuning, system", "ours, prefix_tuning, system")
 DECISIVE_PEERS = ("PEFT LoRA r8", "PEFT prompt tuning, text", "PEFT IA3")
 #: Order of trying learning rates, by their rank: the middle one first.
 RATE_ORDER = (2, 1, 3, 0, 4)

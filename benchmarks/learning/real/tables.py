@@ -114,7 +114,7 @@ def _points(difference: Difference) -> str:
 
 def _task_table(arms: dict[str, ArmResult]) -> Iterator[str]:
     yield (
-        "| | accuracy | loss | difference: ours, prompt_tuning, system minus this | learning rate, "
+        f"| | accuracy | loss | difference: {REFERENCE} minus this | learning rate, "
         "of those tried | seeds | best to worst seed | trained parameters |"
     )
     yield "|---" * 8 + "|"
