@@ -248,6 +248,12 @@ def test_python(folder: Folder, snippet: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def accept_ctrl_c() -> None:
+    """Undo what children inherit of SIGINT, which background jobs of a shell may ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def test_clients_of_the_server(folder: Folder) -> None:
     """The curl command and the snippet get answers; Ctrl-C ends the server with exit code 0."""
     port = str(free_port())
@@ -258,8 +264,7 @@ def test_clients_of_the_server(folder: Folder) -> None:
         env=folder.environment,
         stdout=subprocess.PIPE,
         text=True,
-        # A shell without job control ignores SIGINT in background jobs, and so do their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=accept_ctrl_c,
     )
     try:
         assert server.stdout is not None
