@@ -33,7 +33,7 @@ from trainer.runtime.console import Console
 #: A stopped command repeats at most one block.
 FIRST_ROWS, MOST_ROWS, MOST_GENERATED = 8, 256, 64
 
-#: Rows of a task as tokenized for one ``prompts.position``.
+#: Rows of a task as tokenized for one ``Prompt.placement``.
 EncodedRows = Mapping[tuple[str, str], EvalSet]
 
 
@@ -62,10 +62,10 @@ def run_predict(options: Options, console: Console) -> None:
             opened = open_inference_base(
                 engine, plan.run, console, prompts=plan.prompts, digests=digests
             )
-            encoded = engine.run_on_all(lambda: _encode(opened, plan, console))
+            encoded = engine.run_on_all(lambda: encode(opened, plan, console))
             base = opened.load(console)
             stop_signals.defer()
-            _Predictor(base, plan, encoded, output).run(done, console)
+            Predictor(base, plan, encoded, output).run(done, console)
     prompts = ", ".join(prompt.name for prompt in plan.prompts)
     console.print(f"{options.out}: {plan.num_rows:,} rows, predicted by {prompts}")
     close_engine(engine)
@@ -83,17 +83,17 @@ def _locked(engine: Engine, output: OutputFile | None) -> Iterator[None]:
             lock.__exit__(None, None, None)
 
 
-def _encode(base: OpenedBase, plan: PredictionPlan, console: Console) -> EncodedRows:
+def encode(base: OpenedBase | InferenceBase, plan: PredictionPlan, console: Console) -> EncodedRows:
     encoded: dict[tuple[str, str], EvalSet] = {}
     for name, given in plan.rows.items():
-        positions = {prompt.position for prompt in plan.prompts if prompt.task.name == name}
+        positions = {prompt.placement for prompt in plan.prompts if prompt.task.name == name}
         sets = encode_rows(base.files, base.config, given, positions, base.date, console.working)
         encoded |= {(name, position): rows for position, rows in sets.items()}
     return encoded
 
 
 @dataclass
-class _Predictor:
+class Predictor:
     """Predicts blocks of rows and appends them to the output, which only rank 0 has."""
 
     base: InferenceBase
@@ -144,7 +144,7 @@ class _Predictor:
         """Return a request for the rows of a block for every prompt."""
         requests = []
         for number, prompt in enumerate(self.plan.prompts):
-            rows = self.encoded[prompt.task.name, prompt.position]
+            rows = self.encoded[prompt.task.name, prompt.placement]
             first, last = np.searchsorted(rows.row_numbers, [start, stop]).tolist()
             request = Request(rows.subset(range(first, last)), number)
             requests.append((self.plan.rows[prompt.task.name], prompt.name, request))
