@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,20 @@ class Ranks:
         )
         self.any_rank(False)  # a barrier: every rank has sent its first heartbeat
         self._watchdog.start()
+
+    @contextmanager
+    def held_on_main(self, lock: AbstractContextManager[object] | None) -> Iterator[None]:
+        """Hold a lock on rank 0; all ranks raise ``BadInput`` if it is not free.
+
+        Args:
+            lock: None on other ranks.
+        """
+        self.run_on_all(lambda: None if lock is None else lock.__enter__())
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.__exit__(None, None, None)
 
     def training_step(self, step: int) -> AbstractContextManager[None]:
         """Record a training step; the watchdog compares its duration with earlier steps."""

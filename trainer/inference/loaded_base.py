@@ -122,6 +122,14 @@ class InferenceBase:
             )
         return tasks[name] if name is not None else next(iter(tasks.values()))
 
+    def _chosen(
+        self, choice: PromptChoice, task: str | None
+    ) -> tuple[Task, SoftPrompt | None, str]:
+        """Return task, values and ``Prompt.placement`` for a prompt, or for the base alone."""
+        prompt = self.prompt(choice)
+        own, values = self.task(prompt, task), self.soft_prompt(prompt)
+        return own, values, "front" if prompt is None else prompt.placement
+
     def text_request(
         self,
         text: str,
@@ -131,11 +139,8 @@ class InferenceBase:
         max_new_tokens: int | None = None,
     ) -> GenerationRequest:
         """Make the request for one text; raises ``BadInput`` as ``requests.text_request``."""
-        trained = self.prompt(prompt)
-        position = "front" if trained is None else trained.placement
-        own = self.task(trained, task)
-        soft_prompt = self.soft_prompt(trained)
-        return text_request(self.files, own, text, soft_prompt, position, max_new_tokens, self.date)
+        own, values, placement = self._chosen(prompt, task)
+        return text_request(self.files, own, text, values, placement, max_new_tokens, self.date)
 
     def dialogue_request(
         self,
@@ -146,12 +151,9 @@ class InferenceBase:
         max_new_tokens: int | None = None,
     ) -> GenerationRequest:
         """Make the request for the next answer; raises as ``requests.dialogue_request``."""
-        trained = self.prompt(prompt)
-        position = "front" if trained is None else trained.placement
-        own = self.task(trained, task)
-        soft_prompt = self.soft_prompt(trained)
+        own, values, placement = self._chosen(prompt, task)
         return dialogue_request(
-            self.files, own, messages, soft_prompt, position, max_new_tokens, self.date
+            self.files, own, messages, values, placement, max_new_tokens, self.date
         )
 
     @overload
@@ -224,17 +226,13 @@ class InferenceBase:
         Raises:
             BadInput: with the problems of all rows, or a name is not known.
         """
-        trained = self.prompt(prompt)
-        own = self.task(trained, task)
-        position = "front" if trained is None else trained.placement
-        values = self.soft_prompt(trained)
-
+        own, values, placement = self._chosen(prompt, task)
         self._check_open()
         given = self.engine.run_on_all(lambda: read_rows(rows, own, use_targets=use_targets))
         sets = self.engine.run_on_all(
-            lambda: encode_rows(self.files, self.config, given, [position], self.date)
+            lambda: encode_rows(self.files, self.config, given, [placement], self.date)
         )
-        encoded = sets[position]
+        encoded = sets[placement]
         request = Request(encoded, None if values is None else 0)
         (made,) = predict(
             self.evaluator,

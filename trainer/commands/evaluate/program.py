@@ -15,7 +15,7 @@ from trainer.commands.evaluate.costs import BaseCost
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.results import TaskResults
 from trainer.commands.evaluate.rows import RowEncoder
-from trainer.commands.evaluate.scoring_pass import BaseOnDemand, Loaded, locked, score_missing
+from trainer.commands.evaluate.scoring_pass import BaseOnDemand, Loaded, score_missing
 from trainer.commands.evaluate.selection import SelectedRun
 from trainer.commands.evaluate.similar_rows import cosine_similar
 from trainer.commands.evaluate.store import PredictionStore
@@ -49,7 +49,7 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
     engine = Engine(config.engine.timeout_seconds)
     engine.start_watchdog(options.run_dir / "logs", config.engine.silence_seconds)
     store = PredictionStore(options.run_dir) if engine.is_main else None
-    with locked(engine, store):
+    with engine.held_on_main(None if store is None else store.locked()):
         files = open_base_on_all(engine, config.base, console)
         loaded = engine.run_on_all(lambda: _load(options, run, files, engine.device))
         date = engine.run_on_main(lambda: read_chat_date(options.run_dir))

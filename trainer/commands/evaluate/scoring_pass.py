@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -105,15 +104,3 @@ def score_missing(
     with console.phase("evaluating", texts, "texts") as phase:
         for task, own in arms.items():
             scorer.score(own, done[task], phase.advance)
-
-
-@contextmanager
-def locked(engine: Engine, store: PredictionStore | None) -> Iterator[None]:
-    """Hold the store's lock on rank 0; all ranks raise ``BadInput`` if another process has it."""
-    lock = None if store is None else store.locked()
-    engine.run_on_all(lambda: None if lock is None else lock.__enter__())
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.__exit__(None, None, None)

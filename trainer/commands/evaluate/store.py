@@ -10,7 +10,6 @@ after the prompt was trained again, the arm is scored from the beginning. Import
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 from trainer.evaluation.prediction_files import FOLDER, read
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
+from trainer.runtime.file_lock import exclusive
 from trainer.runtime.json_file import read_json_object
 
 #: Folder of the evaluation in ``predictions``, beside the files of training.
@@ -39,13 +39,8 @@ class PredictionStore:
     def locked(self) -> Iterator[None]:
         """Hold the lock of the folder; raises ``BadInput`` if another evaluation has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BadInput(
-                    f"{self.folder}: another evaluation of this run is running; wait until it ends"
-                ) from None
+        problem = f"{self.folder}: another evaluation of this run is running; wait until it ends"
+        with exclusive(self.folder / ".lock", problem):
             yield
 
     def path(self, task: str, arm: str) -> Path:

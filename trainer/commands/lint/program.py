@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trainer.commands.evaluate.arm import Arm
 from trainer.commands.evaluate.rows import RowEncoder
-from trainer.commands.evaluate.scoring_pass import BaseOnDemand, Loaded, locked, score_missing
+from trainer.commands.evaluate.scoring_pass import BaseOnDemand, Loaded, score_missing
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.commands.lint.effects import Records, measured
 from trainer.commands.lint.options import RESULTS, Options, results_folder
@@ -44,7 +44,7 @@ def measure(options: Options, config: RunConfig, console: Console) -> None:
     engine = Engine(config.engine.timeout_seconds)
     engine.start_watchdog(output / "logs", config.engine.silence_seconds)
     store = PredictionStore(output) if engine.is_main else None
-    with locked(engine, store):
+    with engine.held_on_main(None if store is None else store.locked()):
         files = open_base_on_all(engine, config.base, console)
         date = engine.run_on_main(lambda: _chat_date(config, files))
         with console.phase("reading rows"):

@@ -8,16 +8,16 @@ Imports no torch.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
+from trainer.runtime.file_lock import exclusive
 from trainer.runtime.json_file import parse_json, read_json_object
 
 _BLOCK_BYTES = 1 << 20
@@ -55,17 +55,10 @@ class OutputFile:
                 "file, or use --fresh to replace it"
             )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the lock of the file; raises ``BadInput`` if another command writes it."""
-        with self.about.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BadInput(
-                    f"--out: another command writes {self.path}; wait until it ends"
-                ) from None
-            yield
+        problem = f"--out: another command writes {self.path}; wait until it ends"
+        return exclusive(self.about, problem)
 
     def open(self, identity: Mapping[str, Any], *, fresh: bool) -> int:
         """Prepare the file and return the number of its complete lines.

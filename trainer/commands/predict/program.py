@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from trainer.api import base_digests
 from trainer.commands.predict.output_file import OutputFile
 from trainer.commands.predict.plan import ID, ROW, Options, PredictionPlan, make_plan
 from trainer.data.task_data import EvalSet
-from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.scoring import Request
 from trainer.inference.engine import close_engine, open_engine
 from trainer.inference.input_rows import InputRows
@@ -49,7 +47,7 @@ def run_predict(options: Options, console: Console) -> None:
     engine = open_engine(settings.timeout_seconds)
     engine.start_watchdog(options.run_dir / "logs", settings.silence_seconds)
     output = OutputFile(options.out) if engine.is_main else None
-    with _locked(engine, output):
+    with engine.held_on_main(None if output is None else output.locked()):
         identity = plan.identity(options)
         done = engine.run_on_main(
             lambda: None if output is None else output.open(identity, fresh=options.fresh)
@@ -69,18 +67,6 @@ def run_predict(options: Options, console: Console) -> None:
     prompts = ", ".join(prompt.name for prompt in plan.prompts)
     console.print(f"{options.out}: {plan.num_rows:,} rows, predicted by {prompts}")
     close_engine(engine)
-
-
-@contextmanager
-def _locked(engine: Engine, output: OutputFile | None) -> Iterator[None]:
-    """Hold the lock of the output on rank 0; all ranks raise ``BadInput`` if it is not free."""
-    lock = None if output is None else output.locked()
-    engine.run_on_all(lambda: None if lock is None else lock.__enter__())
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.__exit__(None, None, None)
 
 
 def encode(base: OpenedBase | InferenceBase, plan: PredictionPlan, console: Console) -> EncodedRows:
