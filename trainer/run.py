@@ -6,7 +6,7 @@ run file -> base files, tasks -> tokens -> sharded base -> bank -> loop -> adapt
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,9 @@ def _train(
         conditions = choice_conditions(config, device_name(engine.device), engine.world_size)
         lengths = [n for data in tasks.values() for n in data.train.lengths[:SAMPLE].tolist()]
         loaded = load_base_as_saved(engine, files, config, console, lengths, saved, conditions)
-    loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times, date)
-    fixed_texts = _fixed_texts(engine, config, files, loaded, tasks, console, date)
+    before = texts_before(config, files.tokenizer, date)
+    loop = _make_loop(engine, config, console, files, loaded, tasks, identity, saved, times, before)
+    fixed_texts = _fixed_texts(engine, config, files, loaded, tasks, console, before)
     if fresh:  # all checks have passed
         engine.run_on_main(lambda: archive_earlier_run(output, console))
     if saved is None and loop.predictions is not None:
@@ -240,9 +241,13 @@ def _make_loop(
     identity: Mapping[str, Any],
     saved: SavedCheckpoint | None,
     times: PhaseTimes,
-    date: datetime.date | None,
+    before: Mapping[str, Sequence[int]],
 ) -> Loop:
-    """Build the evaluator, the bank and the loop, and load the state of a checkpoint."""
+    """Build the evaluator, the bank and the loop, and load the state of a checkpoint.
+
+    Args:
+        before: ``texts_before``.
+    """
     output = Path(config.output_dir)
     embed = embedding_function(loaded.model, engine.device)
     teachers = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
@@ -256,7 +261,6 @@ def _make_loop(
     )
     with times("initialization search"):
         # When resuming, the checkpoint's state overwrites all initial values.
-        before = texts_before(config, files.tokenizer, date)
         scorer = None if saved else LossInitScorer(config, tasks, evaluator, console, before)
         initial = without_sources(config) if saved else config
         bank = make_bank(initial, engine, loaded.model, files, scorer, console.warn, before)
@@ -294,16 +298,19 @@ def _fixed_texts(
     loaded: LoadedBase,
     tasks: Mapping[str, TaskData],
     console: Console,
-    date: datetime.date | None,
+    before: Mapping[str, Sequence[int]],
 ) -> dict[str, FixedText | None]:
     """Return the text that is in a prompt's segment in all rows, by prompt; a collective.
 
     None: the text before the virtual tokens differs between rows.
+
+    Args:
+        before: ``texts_before``.
     """
     embed = embedding_function(loaded.model, engine.device)
     texts: dict[str, FixedText | None] = {
         name: FixedText(tuple(ids), len(ids), None, (str(files.tokenizer.decode(ids)), ""))
-        for name, ids in texts_before(config, files.tokenizer, date).items()
+        for name, ids in before.items()
     }
     for prompt in config.prompts:
         if prompt.entry.trains_prefix:
@@ -313,9 +320,8 @@ def _fixed_texts(
             texts[prompt.name] = None
         elif leading.input_ids:
             ids, at = leading.input_ids, leading.prompt_at
-            shown = (files.tokenizer.decode(list(part)) for part in (ids[:at], ids[at:]))
-            before, after = map(str, shown)
-            texts[prompt.name] = FixedText(ids, at, embed(ids).cpu(), (before, after))
+            first, rest = (files.tokenizer.decode(list(part)) for part in (ids[:at], ids[at:]))
+            texts[prompt.name] = FixedText(ids, at, embed(ids).cpu(), (str(first), str(rest)))
     inside = [name for name, text in texts.items() if text is None]
     if inside:
         console.warn(

@@ -9,7 +9,12 @@ from typing import Any
 
 from trainer.config import RunConfig, Task
 from trainer.data.tokenization.chat_template import Messages, TemplateLimitExceeded
-from trainer.data.tokenization.dialogue_rows import dialogue_encoder, limit_problem, user_messages
+from trainer.data.tokenization.dialogue_rows import (
+    dialogue_encoder,
+    ids_before_place,
+    limit_problem,
+    user_messages,
+)
 from trainer.data.tokenization.message_edits import with_mark
 from trainer.runtime.errors import BadInput
 
@@ -55,10 +60,9 @@ def texts_before(
     texts = dict[str, list[int]]()
     for prompt in config.prompts:
         if prompt.placement != prompt.position:
-            encoder = dialogue_encoder(tokenizer, config.task(prompt.task), date)
-            dialogue = user_messages(config.task(prompt.task), "x")
-            ids, at = encoder.marked_opening(with_mark(dialogue, prompt.position))
-            texts[prompt.name] = ids[:at]
+            task = config.task(prompt.task)
+            encoder = dialogue_encoder(tokenizer, task, date)
+            texts[prompt.name] = ids_before_place(encoder, task, prompt.position)
     return texts
 
 

@@ -76,6 +76,12 @@ def dialogue_encoder(
     return encoder
 
 
+def ids_before_place(encoder: DialogueEncoder, task: Task, position: str) -> list[int]:
+    """Return the tokens with which the chat template begins, up to a ``prompts.position``."""
+    ids, at = encoder.marked_opening(with_mark(user_messages(task, "x"), position))
+    return ids[:at]
+
+
 class DialogueRowTokenizer(RowTokenizer):
     """Tokenizes rows with a dialogue.
 
@@ -115,7 +121,8 @@ class DialogueRowTokenizer(RowTokenizer):
         self._check_system()
         self.fixed = self._fixed_after_prompt()
         #: Tokens that every row begins with, which are in the prompt; None: they stay in the row.
-        self.omitted = self._before_prompt() if position.startswith(AFTER) else None
+        begins = position.startswith(AFTER)
+        self.omitted = ids_before_place(self.encode, task, self.turn) if begins else None
 
     def _check_system(self) -> None:
         """Raise ``BadInput`` if the chat template ignores the text of the system."""
@@ -195,10 +202,6 @@ class DialogueRowTokenizer(RowTokenizer):
 
     def _begins_otherwise(self, dialogue: Dialogue) -> bool:
         return self.omitted is not None and dialogue.ids[: dialogue.prompt_at] != self.omitted
-
-    def _before_prompt(self) -> list[int]:
-        ids, at = self.encode.marked_opening(with_mark(user_messages(self.task, "x"), self.turn))
-        return ids[:at]
 
     def _messages(
         self, values: Mapping[str, Any], cut: Mapping[str, str] | None = None
