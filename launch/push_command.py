@@ -88,7 +88,7 @@ def push(
         raise BadInput("push: HF_HUB_OFFLINE is set; unset it, on a machine with network access")
     token = get_token()
     if token is None:
-        raise BadInput(f"push: there is no token of the hub; {_TOKEN_HELP}")
+        raise BadInput(f"push: no access token for the hub was found; {_TOKEN_HELP}")
     messages.note(upload.describe(constants.ENDPOINT))
     if not yes:
         if not sys.stdin.isatty():

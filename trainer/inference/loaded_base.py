@@ -109,7 +109,7 @@ class InferenceBase:
         """Return a prompt's task, the task with a name, or the only task of the run.
 
         Raises:
-            BadInput: there is no such task, or it is not clear which.
+            BadInput: the run has no such task, or several tasks and none is named.
         """
         if name is None and prompt is not None:
             return prompt.task

@@ -82,7 +82,8 @@ def dialogue_request(
         messages: turns; the last one is not of the assistant.
 
     Raises:
-        BadInput: there is no chat template, it rejects the dialogue, or as ``text_request``.
+        BadInput: the base has no chat template, the template rejects the dialogue, or as
+            ``text_request``.
     """
     encoder = dialogue_encoder(files.tokenizer, task, date)
     try:

@@ -26,7 +26,7 @@ class EmbeddingTable:
         rows: number of embeddings.
         scale: factor of the embeddings of token ids, rounded to the compute type.
         tensor: name in the safetensors files; None if it is not stored as plain rows.
-        problem: why there is no tensor, with the remedy; empty otherwise.
+        problem: reason and remedy if ``tensor`` is None; otherwise empty.
     """
 
     rows: int

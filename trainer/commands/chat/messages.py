@@ -41,7 +41,7 @@ class Reply:
         text: further text of the answer.
         dropped: number of the oldest turns that the context has no room for.
         finish: set in the last part: ``stop``, ``length`` or ``cancelled``.
-        error: why there is no answer; also a last part.
+        error: the reason why the request failed. Like ``finish``, it is in the last part only.
         has_chat_template: of the base, with number 0.
     """
 

@@ -160,7 +160,9 @@ async def _invalid_body(request: Request, error: Exception) -> Response:
             place, text = "body", "is not valid JSON"
         elif not place:
             place = "body"
-            text = "is no JSON object; send one, with the header Content-Type: application/json"
+            text = (
+                "no JSON object was sent; send one, with the header Content-Type: application/json"
+            )
         elif problem["type"] == "extra_forbidden":
             text = "is not supported; leave it out"
         param = param or place.split(".")[0]

@@ -76,7 +76,7 @@ class Options:
             try:
                 token = Path(self.token_file).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "is no text"
+                reason = getattr(error, "strerror", None) or "is not UTF-8 text"
                 raise BadInput(f"{source}: cannot be read ({reason}); give a text file") from None
         if token is not None and (len(token) < MIN_TOKEN_LENGTH or not token.isascii()):
             raise BadInput(

@@ -36,7 +36,7 @@ class ExportedPrompt:
         is_inside: the text before the virtual tokens differs between rows.
         embedding_tensor: name of the base's embedding table in its safetensors files; None: it is
             not stored as plain rows.
-        embedding_problem: why there is no such tensor.
+        embedding_problem: reason and remedy if ``embedding_tensor`` is None.
         scale: factor of the embeddings of token ids, rounded to the compute type.
         has_per_layer_inputs: the layers of the base also read token ids.
         request: settings from which ``clients/prompt_stream.py`` makes token ids: ``input``,
