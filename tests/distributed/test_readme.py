@@ -278,7 +278,7 @@ def test_clients_of_the_server(folder: Folder) -> None:
         assert text.strip()
         assert done.stdout.startswith(text)
         server.send_signal(signal.SIGINT)
-        assert server.wait(180) == 0
+        assert server.wait(60) == 0
     finally:
         server.kill()
         server.wait()

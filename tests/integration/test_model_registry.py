@@ -35,7 +35,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
-def test_finished_prompts_become_versions_once(tmp_path: Path, store: str) -> None:
+def test_finished_prompts_become_versions_once(
+    tmp_path: Path, store: str, request: pytest.FixtureRequest
+) -> None:
+    """Also in a process that uses another store."""
+    import mlflow
+
+    request.addfinalizer(lambda: mlflow.set_tracking_uri(None))
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")
     folder = finished_run(tmp_path / "first", register="notes", experiment="notes")
     assert sync(folder, read_results, store).complete
     client = client_of(store)
