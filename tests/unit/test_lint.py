@@ -101,6 +101,86 @@ def test_every_rule_is_tested() -> None:
     assert found | with_task == set(RULES)
 
 
+class TestFalseAlarms:
+    """Wording that looks like a mistake and is none."""
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "How would you rate this review?",
+            "What title would you choose for the text?",
+            "Answer the question. If you can't find the answer, write unknown.",
+            "Write a thank you note to the customer.",
+            "Count how many words the sentence has.",
+            "Summarize the long text in three sentences.",
+            "Is the claim correct? Yes or no?",
+            "Find the dates. If there is none, write none.",
+            "Find the cities in the text. List them in alphabetical order.",
+            "Write the date as YYYY-MM-DD.",
+            "Summarize the PubMed abstract in one sentence.",
+            "Answer with the Roman numeral, such as IV.",
+            "TASK: decide whether the text is CRITICAL or not.",
+            "Decide whether the style of the text is formal or informal.",
+            "Rewrite the informal letter in a formal style.",
+            "Describe the mood of the poem in one word.",
+            "Answer no if the claim is incorrect.",
+            "Return the JSON object only. Do not include any explanation.",
+            "Never make up a fact: if the text has no answer, say unknown.",
+            'Begin the reply with "Thank you for some questions, etc."',
+            "Below is a text. It is short. What is it about? Answer in one word.\n\nText:",
+            "The clinic only treats adults. It is in Bonn. It opens on Monday. Who works there?",
+        ],
+    )
+    def test_without_choices(self, text: str) -> None:
+        assert lint(text) == []
+
+    def test_a_class_name_with_a_capital_letter_at_the_start(self) -> None:
+        assert lint("Yes or no: is the claim true?", TaskWords(("yes", "no"))) == []
+
+    def test_class_names_are_not_counted_as_words_of_a_sentence(self) -> None:
+        names = tuple(f"class number {i}" for i in range(15))
+        assert lint(f"Choose one of: {', '.join(names)}.", TaskWords(names)) == []
+
+    def test_class_names_may_be_vague(self) -> None:
+        names = ("yes", "no", "maybe some")
+        assert lint("Answer yes, no or maybe some reviews.", TaskWords(names)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "rewritten"),
+    [
+        ("Rewrite the letter. Do not change the names.", "Keep the names unchanged."),
+        ("Rewrite the letter. It must not exceed one page.", "Stay within one page."),
+        ("Name the drugs. Don't guess.", "Use only what the text says."),
+    ],
+)
+def test_a_negative_demand_is_rewritten_as_a_positive_one(text: str, rewritten: str) -> None:
+    (finding,) = lint(text)
+    assert finding.rule == "negative-only"
+    assert finding.apply(text).endswith(rewritten)
+
+
+@pytest.mark.parametrize(
+    ("text", "rewritten"),
+    [
+        ("Name the drug, if possible, with its dose.", "Name the drug with its dose."),
+        ("Name fruits, nuts, and so on.", "Name fruits, nuts."),
+        ("Name the drug, thanks a lot in advance!", "Name the drug"),
+        ("It would be great if you could name the drug.", "Name the drug."),
+        ("Could you help me write a poem?", "Write a poem?"),
+    ],
+)
+def test_nothing_is_left_of_a_phrase(text: str, rewritten: str) -> None:
+    (finding,) = lint(text)
+    assert finding.apply(text) == rewritten
+
+
+def test_a_contradiction_within_one_phrase_is_not_rewritten_to_nothing() -> None:
+    (finding,) = lint("Reply in plain text formatted as JSON.")
+    assert (finding.rule, finding.measurable) == ("contradiction", False)
+    assert finding.rewrite
+
+
 class TestTask:
     def test_class_names_in_other_letters(self) -> None:
         text = "Classify as Positive, negative or neutral."

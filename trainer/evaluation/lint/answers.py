@@ -30,7 +30,9 @@ def class_names(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[F
     for choice in task.choices:
         exact = re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", complete)
         other = re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text, re.IGNORECASE)
-        if exact is None and other is not None:
+        begins = other is not None and re.search(r"(?:^|[.!?:]\s+|\n)$", text[: other.start()])
+        capital = begins and other is not None and other.group() == choice.capitalize()
+        if exact is None and other is not None and not capital:
             why = f"{other.group()!r}: the task spells this class {choice!r}."
             yield Finding("class-names", other.start(), other.end(), why, choice)
     missing = _missing(complete, task.choices)

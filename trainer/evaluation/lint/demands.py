@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from trainer.evaluation.lint import words
-from trainer.evaluation.lint.finding import Finding, TaskWords
+from trainer.evaluation.lint.finding import Finding, TaskWords, protected
 from trainer.evaluation.lint.requests import begins_with_answer
 from trainer.evaluation.lint.text import Sentence
 
@@ -20,6 +20,8 @@ def double_negation(text: str, parts: list[Sentence], task: TaskWords) -> Iterat
         between, negative = match.group(1), match.group(2).lower()
         if negative in {"no", "nothing", "none"} and not between.strip():
             continue  # "or not: no reason"
+        if words.NEXT_CLAUSE.search(between):
+            continue  # "answer no if the claim is incorrect"
         opposite = words.OPPOSITES[negative]
         kept = " ".join(part for part in (between.strip(), opposite) if part)
         why = f"{match.group()!r} has two negative words; a model often misses one of them."
@@ -37,22 +39,40 @@ def negative_only(text: str, parts: list[Sentence], task: TaskWords) -> Iterator
         beside = [*parts[max(0, i - 1) : i], *parts[i + 1 : i + 2]]
         after = sentence.text[match.end() :]
         positive = re.search(r"\b(?:instead|rather|only|but)\b|;", after, re.IGNORECASE)
-        if positive or any(begins_with_answer(near) for near in beside):
+        answer = rf"[,:]\s+(?:[^,.]+,\s+)?(?:{'|'.join(sorted(words.ANSWERS))})\b"
+        if positive or re.search(answer, after, re.IGNORECASE):
+            continue
+        if any(begins_with_answer(near) for near in beside):
             continue
         clause = re.search(r"[^,;.!?]*", sentence.text[match.start() :])
         assert clause is not None
         start = sentence.start + match.start()
+        end = start + clause.end()
         why = "says what not to do, but not what to do instead."
-        rewrite = "answer only what is asked" if match.start() else "Answer only what is asked"
-        yield Finding(
-            "negative-only", start, start + clause.end(), f"{clause.group()!r} {why}", rewrite
-        )
+        rewrite = _positive(clause.group()[match.end() - match.start() :].strip())
+        subject = re.search(r"(?:[^\s,;:]+ )+$", sentence.text[: match.start()])
+        if re.match("must|should", match.group(), re.IGNORECASE) and subject is not None:
+            start = sentence.start + subject.start()  # "The answer must not"
+        if start == sentence.start:
+            rewrite = rewrite[:1].upper() + rewrite[1:]
+        yield Finding("negative-only", start, end, f"{clause.group()!r} {why}", rewrite)
+
+
+def _positive(forbidden: str) -> str:
+    """Return a demand that says positively what not to do."""
+    for pattern, positive in words.POSITIVE.items():
+        match = re.fullmatch(pattern, forbidden, re.IGNORECASE)
+        if match is not None:
+            return match.expand(positive)
+    return "answer only what is asked"
 
 
 def names_the_unwanted(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
     """Instructions that name the thing to avoid, which makes it more likely."""
     for match in words.UNWANTED.finditer(text):
         thing = match.group().strip(" ,")
+        if words.FORM_NOUNS.search(thing):
+            continue
         why = f"{thing!r} names what the answer must not contain; the model reads these words, too."
         yield Finding("names-the-unwanted", match.start(), match.end(), why, "")
 
@@ -69,16 +89,20 @@ def contradiction(text: str, parts: list[Sentence], task: TaskWords) -> Iterator
     """Demands that exclude each other."""
     spans: set[tuple[int, int]] = set()
     for first, second in words.OPPOSED:
-        one, other = first.search(text), second.search(text)
-        if one is None or other is None or _negated(text, one) or _negated(text, other):
+        one, other = (_demanded(text, pattern, task) for pattern in (first, second))
+        if one is None or other is None:
             continue
-        later = max(one, other, key=lambda match: match.start())
+        earlier, later = sorted((one, other), key=lambda match: match.start())
+        if re.fullmatch(r"[\w\s,/]*(?:\bor\b|/)\s*", text[earlier.end() : later.start()], re.I):
+            continue  # "formal or informal" are possible answers
         why = f"{one.group()!r} and {other.group()!r} exclude each other."
         start, end = _phrase_around(text, later)
         if (start, end) in spans:
             continue
         spans.add((start, end))
-        yield Finding("contradiction", start, end, why, "")
+        apart = earlier.start() < start
+        rewrite = "" if apart else f"({one.group()}, or {other.group()})"
+        yield Finding("contradiction", start, end, why, rewrite, measurable=apart)
     most, least = (
         re.search(rf"\b{name} (\d+)", text, re.IGNORECASE) for name in ("at most", "at least")
     )
@@ -87,14 +111,23 @@ def contradiction(text: str, parts: list[Sentence], task: TaskWords) -> Iterator
         yield Finding("contradiction", least.start(), least.end(), why, most.group())
 
 
-def _negated(text: str, match: re.Match[str]) -> bool:
-    return bool(
-        re.search(
-            r"(?:\b(?:not|never|no|without|avoid)|n['’]t)\s+(?:\w+\s+)?$",
-            text[: match.start()],
-            re.I,
-        )
+def _demanded(text: str, pattern: re.Pattern[str], task: TaskWords) -> re.Match[str] | None:
+    """Return the first match that says how the answer is to be.
+
+    Others are negated ("not brief"), describe the input ("the informal letter"), or are the name of
+    a class or quoted.
+    """
+    spared = protected(text, task)
+    other = re.compile(
+        r"(?:\b(?:not|never|no|without|avoid)|n['’]t)\s+(?:\w+\s+)?$|"
+        r"\b(?:the|this|that|these|those|from|replace|remove)\s+$",
+        re.IGNORECASE,
     )
+    for match in pattern.finditer(text):
+        inside = any(start <= match.start() < end for start, end in spared)
+        if not inside and other.search(text[: match.start()]) is None:
+            return match
+    return None
 
 
 def _phrase_around(text: str, match: re.Match[str]) -> tuple[int, int]:

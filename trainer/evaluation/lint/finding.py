@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trainer.evaluation.lint.text import tidy
+from trainer.evaluation.lint.text import quotations, tidy
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,13 @@ class TaskWords:
     template: str = ""
     num_virtual_tokens: int | None = None
     token_ends: Callable[[str], Sequence[int]] | None = None
+
+
+def protected(text: str, task: TaskWords) -> list[tuple[int, int]]:
+    """Return the places of quotations and class names, whose wording is given."""
+    names = [re.escape(choice) for choice in sorted(task.choices, key=len, reverse=True)]
+    classes = re.finditer(rf"(?<!\w)(?:{'|'.join(names)})(?!\w)", text, re.IGNORECASE)
+    return [*quotations(text), *(match.span() for match in classes if names)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from trainer.evaluation.lint.demands import (
     names_the_unwanted,
     negative_only,
 )
-from trainer.evaluation.lint.finding import Finding, TaskWords
+from trainer.evaluation.lint.finding import Finding, TaskWords, protected
 from trainer.evaluation.lint.structure import (
     buried_constraint,
     longer_than_prompt,
@@ -46,6 +46,10 @@ RULES: dict[str, Rule] = {
 }
 
 
+#: Rules that also judge class names and quotations.
+ABOUT_TASK = ("class-names", "no-output-format", "longer-than-prompt")
+
+
 def lint(text: str, task: TaskWords | None = None) -> list[Finding]:
     """Return the findings of all rules, in the order of their places.
 
@@ -56,6 +60,12 @@ def lint(text: str, task: TaskWords | None = None) -> list[Finding]:
     task = task or TaskWords()
     if not WORD.search(text):
         return []
-    parts = sentences(text)
-    findings = [finding for rule in RULES.values() for finding in rule(text, parts, task)]
+    parts, spared = sentences(text), protected(text, task)
+    findings = [
+        finding
+        for rule in RULES.values()
+        for finding in rule(text, parts, task)
+        if finding.rule in ABOUT_TASK
+        or not any(start <= finding.start and finding.end <= end for start, end in spared)
+    ]
     return sorted(findings, key=lambda finding: (finding.start, finding.end, finding.rule))

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 from trainer.evaluation.lint import words
-from trainer.evaluation.lint.finding import Finding, TaskWords
-from trainer.evaluation.lint.requests import begins_with_answer, requests_in
-from trainer.evaluation.lint.text import Sentence, tidy
+from trainer.evaluation.lint.finding import Finding, TaskWords, protected
+from trainer.evaluation.lint.requests import begins_with_answer, is_question, requests_in
+from trainer.evaluation.lint.text import WORD, Sentence, is_label, tidy
 
 #: A sentence of more words is too long.
 LONG_SENTENCE = 30
@@ -22,8 +22,14 @@ MIDDLE = 4
 
 def too_long(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
     """Long sentences, and long texts that say little or repeat themselves."""
+    spared = protected(text, task)
     for sentence in parts:
-        count = len(sentence.words)
+        listed = (
+            len(WORD.findall(text, start, end))
+            for start, end in spared
+            if sentence.start <= start and end <= sentence.end
+        )
+        count = len(sentence.words) - sum(listed)
         if count > LONG_SENTENCE:
             why = f"{count} words in one sentence; a model follows shorter sentences more exactly."
             rewrite = _divided(sentence.text)
@@ -56,8 +62,9 @@ def _divided(sentence: str) -> str | None:
 
 def split_requests(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
     """Several requests in one instruction: each deserves a prompt of its own."""
-    requests = [(s, place) for s in parts for place in requests_in(s)]
-    questions = [(s, 0) for s in parts if s.text.endswith("?") and s not in dict(requests)]
+    always = [s for s in parts if not words.CASE.match(s.text)]
+    requests = [(s, place) for s in always for place in requests_in(s)]
+    questions = [(s, 0) for s in always if is_question(s) and s not in dict(requests)]
     requests = requests if len(requests) > 1 else questions
     if len(requests) < 2:
         return
@@ -85,8 +92,13 @@ def buried_constraint(text: str, parts: list[Sentence], task: TaskWords) -> Iter
     """A constraint in the middle of a text, where models overlook it most often."""
 
     def constrains(sentence: Sentence) -> bool:
-        return bool(words.CONSTRAINT.search(sentence.text)) or begins_with_answer(sentence)
+        if begins_with_answer(sentence):
+            return True
+        asks = sentence.words[0] in words.REQUESTS or words.DEMAND.search(sentence.text)
+        return bool(asks and words.CONSTRAINT.search(sentence.text))
 
+    while parts and is_label(parts[-1]):
+        parts = parts[:-1]  # of the input, which follows
     if len(parts) < MIDDLE or constrains(parts[-1]):
         return
     for sentence in parts[1:-1]:

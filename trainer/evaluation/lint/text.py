@@ -55,9 +55,21 @@ def _abbreviated(before: str) -> bool:
     return before.lower().endswith(_ABBREVIATIONS) and not before[-3:].isupper()
 
 
+def is_label(sentence: Sentence) -> bool:
+    """Whether a part is the label of the text that follows, such as "Review:"."""
+    return sentence.text[-1] not in ".!?" and len(sentence.words) <= 3
+
+
+def quotations(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the places of quoted texts, which are not the words of the instruction."""
+    for match in re.finditer(r'"[^"\n]+"|“[^”\n]+”|`[^`\n]+`|(?<!\w)\'[^\'\n]+\'(?!\w)', text):
+        yield match.span()
+
+
 def tidy(text: str) -> str:
     """Remove double spaces and spaces before punctuation; begin with a capital letter."""
     text = re.sub(r"[ \t]{2,}", " ", text)
     text = re.sub(r"\s+([.,;:!?])", r"\1", text)
+    text = re.sub(r",([.!?])", r"\1", text)
     text = re.sub(r"^[\s.,;:]+", "", text)
     return text[:1].upper() + text[1:]

@@ -10,14 +10,19 @@ from trainer.evaluation.lint.finding import Finding, TaskWords
 from trainer.evaluation.lint.requests import begins_with_answer, requests_in
 from trainer.evaluation.lint.text import WORD, Sentence
 
-_ABBREVIATION = re.compile(r"\b(?=\w*[A-Z]\w*[A-Z])[A-Za-z][A-Za-z0-9]{1,7}(?:-\d+)?\b")
+#: At least two capitals side by side: "PubMed" and "JavaScript" are names.
+_ABBREVIATION = re.compile(r"\b(?=\w*[A-Z][A-Z0-9]*[A-Z])[A-Za-z][A-Za-z0-9]{1,7}(?:-\d+)?\b")
 
 
 def filler(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[Finding]:
     """Phrases that change nothing."""
+    spans: list[tuple[int, int]] = []
     for pattern, rewrite in words.FILLERS.items():
-        for match in re.finditer(rf"(?<!\w){pattern}", text, re.IGNORECASE):
-            why = f"{match.group().strip()!r} costs tokens and says nothing to the model."
+        for match in words.phrase(pattern).finditer(text):
+            if any(start <= match.start() and match.end() <= end for start, end in spans):
+                continue
+            spans.append(match.span())
+            why = f"{match.group().strip(' ,')!r} costs tokens and says nothing to the model."
             yield Finding("filler", match.start(), match.end(), why, rewrite)
 
 
@@ -28,7 +33,7 @@ def vague_amount(text: str, parts: list[Sentence], task: TaskWords) -> Iterator[
         if not (asks or words.CONSTRAINT.search(sentence.text)):
             continue
         for pattern, rewrite in words.VAGUE.items():
-            for match in re.finditer(rf"(?<!\w){pattern}", sentence.text, re.IGNORECASE):
+            for match in words.phrase(pattern).finditer(sentence.text):
                 start, end = sentence.start + match.start(), sentence.start + match.end()
                 why = (
                     f"{match.group().strip(' ,')!r} has no fixed meaning; give a number or a list."
@@ -43,7 +48,7 @@ def undefined_term(text: str, parts: list[Sentence], task: TaskWords) -> Iterato
     for match in _ABBREVIATION.finditer(text):
         term = match.group()
         plain = term.removesuffix("s")
-        if term in seen or term in known or {term, plain} & words.KNOWN or _spoken(term, text):
+        if term in seen or term in known or {term, plain} & words.KNOWN or _spoken(match, text):
             continue
         seen.add(term)
         name = re.escape(term)
@@ -58,9 +63,22 @@ def undefined_term(text: str, parts: list[Sentence], task: TaskWords) -> Iterato
             yield Finding("undefined-term", match.start(), match.end(), why, plain)
 
 
-def _spoken(term: str, text: str) -> bool:
-    """Whether capitals are emphasis: all words have them, or the text also has the word small."""
+def _spoken(match: re.Match[str], text: str) -> bool:
+    """Whether capitals are no abbreviation.
+
+    They are emphasis, a heading, a format such as "YYYY" or a number such as "IV".
+    """
+    term = match.group()
     lower = term.lower()
+    before, after = text[: match.start()], text[match.end() :]
+    if len(set(term)) == 1 or re.fullmatch("[IVX]+", term):
+        return True
+    if re.fullmatch("[A-Z]{6,}", term):
+        return True  # abbreviations are shorter
+    heading = re.search(r"(?:^|\n)[#*\s]*$", before) and re.match(r"[*\s]*:", after)
+    beside = re.search(r"\b[A-Z]{2,} $", before) or re.match(r" [A-Z]{2,}\b", after)
+    if term.isalpha() and (heading or beside):
+        return True
     emphasis = term.isupper() and (
         lower in words.STOP_WORDS or lower in words.REQUESTS | words.ANSWERS
     )
