@@ -134,6 +134,20 @@ def test_choices_with_a_common_first_token_are_scored_by_all_tokens(tmp_path):
     assert scores.nll_RC.shape == (4, 3)
 
 
+def test_a_row_whose_choices_need_several_packed_batches_is_one_text(tmp_path):
+    rows = [{"text": f"w3 w4 w{i}", "label": "w5"} for i in range(6, 10)]
+    tokenizer, task = random_base.make_tokenizer(), {"input": "{text}", "target": " {label}"}
+    choices = [f"w{i}" for i in range(5, 13)]
+    data = load(tmp_path, rows, tokenizer, choices=choices, metric="accuracy", **task)
+    base, read = load_unsharded(random_base.save_random(tmp_path / "base"), "none"), []
+    base.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    evaluator = Evaluator(OneRank(), base, tokenizer, TokenBudget(8))  # type: ignore[arg-type]
+    request, texts = Request(data.evaluation["validation"], None), []
+    evaluator.score([request], [], texts.append)
+    assert len(read) > len(rows), "choices of one row are in several packed batches"
+    assert sum(texts) == pytest.approx(evaluator.num_texts([request])) == 4
+
+
 def test_equal_requests_are_computed_once(tmp_path, monkeypatch):
     rows = [{"text": f"w3 w4 w{i}", "label": "w5"} for i in range(6, 9)]
     tokenizer, task = random_base.make_tokenizer(), {"input": "{text}", "target": " {label}"}

@@ -183,7 +183,8 @@ class Evaluator:
             for window in windows(packed_rows, lengths.tokens, max_tokens, num_batches):
                 plan = plan_batches(window, lengths.tokens, self.engine.world_size, max_tokens)
                 mine = plan[self.engine.rank]
-                yield from ((batch, len(window) / len(mine)) for batch in mine)
+                texts = sum(row.share for row in window)
+                yield from ((batch, texts / len(mine)) for batch in mine)
 
         def make(planned: tuple[list[PackedRow], float]) -> tuple[PackedBatch, float]:
             mine, texts = planned

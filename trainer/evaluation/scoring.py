@@ -114,6 +114,7 @@ def candidate_rows(
                     slot,
                     candidates=tuple(candidates),
                     shared=shared,
+                    share=len(candidates) / len(row),
                 )
                 slot += len(candidates)
 

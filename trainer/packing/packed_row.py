@@ -31,6 +31,7 @@ class PackedRow:
             the slot ``slot + i``. Empty: ``example`` is the only target.
         shared: number of leading tokens that all rows of the caller have in common. They are read
             once per packed batch, as those of ``Example.prompt_end`` are.
+        share: part of the row that this is; below 1 if its candidates are in several packed rows.
     """
 
     example: Example
@@ -40,6 +41,7 @@ class PackedRow:
     teacher: Teacher | None = None
     candidates: tuple[Example, ...] = ()
     shared: int = 0
+    share: float = 1.0
 
     @cached_property
     def tree(self) -> TokenTree:
