@@ -70,6 +70,15 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(TINY)
 
 
+def test_a_rank_that_holds_the_whole_base_runs_it_without_hooks(base: InferenceBase) -> None:
+    """ZeRO-3 has nothing to gather, and nothing is copied."""
+    model = base.loaded.model
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    for parameter in model.parameters():
+        zero: Any = parameter
+        assert zero.data_ptr() == zero.ds_tensor.data_ptr()
+
+
 def test_a_run_lists_its_finished_prompts(run: Run) -> None:
     assert list(run.prompts) == ["short", "long", "words"]
     prompt = run.prompts["short"]

@@ -21,7 +21,6 @@ from tests.unit.test_lm_head import (
     make_head,
     problem,
     slice_by,
-    uncompiled,
     whole_logits,
 )
 from tests.unit.test_shared_head import block
@@ -35,7 +34,6 @@ from trainer.packing.packed_row import PackedRow
 from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
-__all__ = ["uncompiled"]  # a fixture of every test here, too
 
 DISTILLED_D = torch.tensor([0, 3, 4, 10, 36])
 TEACHER_DH = torch.randn(5, H, generator=torch.Generator().manual_seed(9))

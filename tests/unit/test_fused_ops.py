@@ -17,6 +17,7 @@ from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from tests.family_bases import CASES, family_config
+from trainer.model.layers import compilation
 from trainer.model.layers.fused_ops import (
     FusedModule,
     compile_fused_operations,
@@ -99,7 +100,8 @@ def test_gate_and_norm_save_less_in_bf16() -> None:
 
 
 @pytest.mark.parametrize("kind", ["norm", "silu"])
-def test_compiled_loops_give_equal_numbers(kind: str) -> None:
+def test_compiled_loops_give_equal_numbers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "MAX_SEPARATE", 0)
     module, fused = pair(kind)
     compile_fused_operations(fused)
     for actual, expected in zip(
@@ -109,7 +111,8 @@ def test_compiled_loops_give_equal_numbers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_rotation(compiled: bool) -> None:
+def test_rotation(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "MAX_SEPARATE", 0)
     config = LlamaConfig(**SIZES)
     config._attn_implementation = "eager"
     torch.manual_seed(0)

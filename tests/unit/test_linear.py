@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from trainer.model.layers import bitsandbytes_matmul as bitsandbytes_module
-from trainer.model.layers import int8_matmul, matmul_selection
+from trainer.model.layers import compilation, int8_matmul, matmul_selection
 from trainer.model.layers.bitsandbytes_matmul import bitsandbytes_matmul, missing_library
 from trainer.model.layers.int8_matmul import MAX_INNER, aligned_int_product
 from trainer.model.layers.linear import FrozenLinear
@@ -199,7 +199,6 @@ class TestAlignment:
         x = (torch.randn(5, 50, generator=generator) * 3).requires_grad_()
         dy = torch.randn(5, 30, generator=generator)
         layer = make_layer(kind, 50, 30)
-        monkeypatch.setattr(int8_matmul, "compiled", lambda function: function)
         results = []
         for product in (aligned_int_product, PLAIN_INT_MM):
             monkeypatch.setattr(int8_matmul, "int_product", product)
@@ -207,6 +206,22 @@ class TestAlignment:
             results.append((y.detach(), torch.autograd.grad(y, x, dy)[0]))
         assert torch.equal(results[0][0], results[1][0])
         assert torch.equal(results[0][1], results[1][1])
+
+
+def test_few_rows_are_not_compiled_and_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a decode step equal those that were read in a large batch."""
+    x = torch.randn(9, 96, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    dy, layer = torch.ones(9, 40), make_layer("int8", 96, 40)
+    results, calls = [], []
+    compiled = compilation.compiled
+    monkeypatch.setattr(compilation, "compiled", lambda f: calls.append(f) or compiled(f))
+    for most in (x.numel(), 0):
+        monkeypatch.setattr(compilation, "MAX_SEPARATE", most)
+        y = layer(x)
+        results.append((y.detach(), torch.autograd.grad(y, x, dy)[0]))
+        assert bool(calls) == (most == 0)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 class FakeGPU:

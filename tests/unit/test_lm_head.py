@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.model.layers import int8_matmul as int8_module
 from trainer.model.layers import vocab_parallel
 from trainer.model.layers.int8_matmul import Product, frozen_matmul, int8_matmul
 from trainer.model.layers.linear import FrozenLinear
@@ -75,12 +74,6 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
     labels_N[:2] = torch.tensor([0, V - 1])
     hidden_NH = torch.randn(N, H, generator=generator)
     return hidden_NH, labels_N, torch.rand(N, generator=generator)
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the functions around integer products without compiling them, which takes seconds."""
-    monkeypatch.setattr(int8_module, "compiled", lambda function: function)
 
 
 def slice_by(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:

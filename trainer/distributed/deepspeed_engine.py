@@ -173,12 +173,23 @@ class Engine(Ranks):
         parameter.ds_tensor.final_location = None
         parameter.ds_status = partition_parameters.ZeroParamStatus.NOT_AVAILABLE
 
-    def attach(self, base: nn.Module, policy: dict[str, Any], kept_bytes: int = 0) -> nn.Module:
+    def attach(
+        self,
+        base: nn.Module,
+        policy: dict[str, Any],
+        kept_bytes: int = 0,
+        *,
+        only_inference: bool = False,
+    ) -> nn.Module:
         """Install ZeRO-3's hooks, which gather and release the parameters of a sharded base.
 
         Args:
             kept_bytes: maximum bytes of gathered parameters that stay here until ``end_step``.
+            only_inference: the base is used without gradients. If this rank holds all of it, no
+                hooks are installed: in a decode step they take longer than the products.
         """
+        if only_inference and self._holds_all(base):
+            return base
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
         self._zero, self._traced = engine.optimizer, False
         self._kept, self.kept_bytes = [], 0
@@ -196,6 +207,16 @@ class Engine(Ranks):
         module: nn.Module = engine.module
         module.register_forward_hook(self._check_trace)
         return module
+
+    def _holds_all(self, base: nn.Module) -> bool:
+        """Make the parameters views of their shards, if these are complete and on the device."""
+        parameters: list[Any] = list(base.parameters())
+        is_here = all(p.ds_tensor.device.type == self.device.type for p in parameters)
+        if self._group_size > 1 or not is_here:
+            return False
+        if parameters:
+            parameters[0].all_gather_coalesced(parameters).wait()
+        return True
 
     def _check_trace(self, *_: object) -> None:
         """After a forward, note whether DeepSpeed still has the trace of training.

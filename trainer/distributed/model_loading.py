@@ -98,6 +98,7 @@ def load_base(
     must_fit: bool = False,
     lengths: Sequence[int] = (),
     kept_bytes: int | None = None,
+    only_inference: bool = False,
 ) -> LoadedBase:
     """Read, quantize, shard and attach the base, with a progress bar.
 
@@ -106,6 +107,7 @@ def load_base(
         lengths: number of tokens of each training row, or of a sample; empty without training.
         kept_bytes: maximum bytes of parameters that stay gathered until a step ends; None: as many
             as fit.
+        only_inference: as in ``Engine.attach``.
     """
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
@@ -162,7 +164,7 @@ def load_base(
             progress=bar.advance,
         )
     base.flex = flex
-    engine.attach(base, policy, placement.kept_bytes)
+    engine.attach(base, policy, placement.kept_bytes, only_inference=only_inference)
     return LoadedBase(base, stats, dtype, placement, matmul, memory, budget)
 
 

@@ -64,7 +64,7 @@ class OpenedBase:
 
     def load(self, console: Console) -> InferenceBase:
         """Load the weights; a collective."""
-        loaded = load_base(self.engine, self.files, self.config, console)
+        loaded = load_base(*(self.engine, self.files, self.config, console), only_inference=True)
         return InferenceBase(self.engine, self.files, self.config, loaded, self.run, self.date)
 
 

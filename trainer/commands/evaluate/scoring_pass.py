@@ -55,7 +55,7 @@ class BaseOnDemand:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Load the base; a stop signal then ends the evaluation between two packed batches."""
-        base = load_base(self.engine, self.files, self.config, self.console)
+        base = load_base(*(self.engine, self.files, self.config, self.console), only_inference=True)
         stop_signals.defer()
         return Evaluator(self.engine, base.model, self.files.tokenizer, base.budget)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trainer.model.layers.compilation import fused_loop
 from trainer.model.layers.int8_matmul import (
     Matrix,
-    compiled,
     exact_input_gradient,
     frozen_matmul,
     scale_rows_and_columns,
@@ -74,7 +74,8 @@ class _BitsandbytesMatmul(torch.autograd.Function):
         nan_T = rows_TK.sum(1, dtype=torch.float32) * 0
         scale_T1 = (absmax_T / INT8_MAX + nan_T)[:, None]
         # int8_mm_dequant is not used: it returns float16, which overflows beyond 65,504.
-        y_TN = compiled(scale_rows_and_columns)(product_TN, scale_T1, scale_N, x_TK.dtype)
+        scale = fused_loop(scale_rows_and_columns, product_TN)
+        y_TN = scale(product_TN, scale_T1, scale_N, x_TK.dtype)
         if features_C is not None and len(features_C) > 0:
             exact_TN = rows_TK[:, features_C] @ weight_NK[:, features_C].to(x_TK.dtype).T
             y_TN = y_TN + (exact_TN * scale_N).to(x_TK.dtype)

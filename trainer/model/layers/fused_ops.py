@@ -37,6 +37,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
+from trainer.model.layers.compilation import fused_loop
+
 #: Activations with a hand-written derivative, by the class that transformers implements them with.
 ACTIVATIONS: dict[type[nn.Module], str] = {
     type(ACT2FN["silu"]): "silu",
@@ -45,9 +47,8 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
-@cache
-def _loop(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True) if compiled else function
+def _loop(function: Callable[..., Any], compiled: bool, x: Tensor) -> Callable[..., Any]:
+    return fused_loop(function, x) if compiled else function
 
 
 def _act(gate: Tensor, kind: str) -> Tensor:
@@ -104,14 +105,15 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.compiled = kind, compiled
         # Detached: requires_grad is a compilation guard, which would cause a second compilation.
-        y: Tensor = _loop(_gate, compiled)(gate.detach(), up.detach(), kind)
+        y: Tensor = _loop(_gate, compiled, gate)(gate.detach(), up.detach(), kind)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        return *_loop(_gate_backward, ctx.compiled)(grad, gate, up, ctx.kind), None, None
+        backward = _loop(_gate_backward, ctx.compiled, gate)
+        return *backward(grad, gate, up, ctx.kind), None, None
 
 
 class _Normed(torch.autograd.Function):
@@ -122,7 +124,7 @@ class _Normed(torch.autograd.Function):
         # Not saved: ZeRO-3 frees the weight after forward and gathers it again for backward.
         ctx.weight, ctx.offset, ctx.compiled = weight, offset, compiled
         y: Tensor
-        y, factor = _loop(_norm, compiled)(x.detach(), weight().detach(), eps, offset)
+        y, factor = _loop(_norm, compiled, x)(x.detach(), weight().detach(), eps, offset)
         ctx.save_for_backward(x, factor)
         return y
 
@@ -130,7 +132,7 @@ class _Normed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, factor = ctx.saved_tensors
-        backward = _loop(_norm_backward, ctx.compiled)
+        backward = _loop(_norm_backward, ctx.compiled, x)
         dx = backward(grad, x, factor, ctx.weight().detach(), ctx.offset)
         return dx, None, None, None, None
 
@@ -142,13 +144,14 @@ class _Rotated(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cos_T1D, sin_T1D)  # shared by all layers
         ctx.compiled = compiled
-        y_TAD: Tensor = _loop(_rotate, compiled)(x_TAD.detach(), cos_T1D, sin_T1D)
+        y_TAD: Tensor = _loop(_rotate, compiled, x_TAD)(x_TAD.detach(), cos_T1D, sin_T1D)
         return y_TAD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TAD: Tensor) -> tuple[Tensor | None, ...]:
-        return _loop(_rotate_back, ctx.compiled)(grad_TAD, *ctx.saved_tensors), None, None, None
+        backward = _loop(_rotate_back, ctx.compiled, grad_TAD)
+        return backward(grad_TAD, *ctx.saved_tensors), None, None, None
 
 
 def _apply_rotation(

@@ -10,7 +10,6 @@ Shape letters: T tokens, K input features, N output features, C outlier features
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from trainer.model.layers.compilation import fused_loop
 from trainer.model.layers.quantization import INT8_MAX
 
 #: Smallest divisor, for rows of zeros.
@@ -103,11 +103,14 @@ class _Int8Matmul(torch.autograd.Function):
         # Detached: requires_grad is a compilation guard, which would cause a second compilation.
         rows_TK = x_TK.detach()
         if threshold is None:
-            int8_TK, scale_T1 = compiled(_quantize)(rows_TK)
+            int8_TK, scale_T1 = fused_loop(_quantize, rows_TK)(rows_TK)
         else:
-            int8_TK, scale_T1, is_outlier_K = compiled(_quantize_inliers)(rows_TK, threshold)
+            int8_TK, scale_T1, is_outlier_K = fused_loop(_quantize_inliers, rows_TK)(
+                rows_TK, threshold
+            )
         product_TN = int_product(int8_TK, weight_NK.T)
-        y_TN = compiled(scale_rows_and_columns)(product_TN, scale_T1, scale_N, x_TK.dtype)
+        scale = fused_loop(scale_rows_and_columns, product_TN)
+        y_TN = scale(product_TN, scale_T1, scale_N, x_TK.dtype)
         if threshold is not None:
             features_C = is_outlier_K.nonzero().flatten()
             if len(features_C) > 0:
@@ -122,9 +125,10 @@ class _Int8Matmul(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         weight_NK, scale_N = ctx.matrix()
-        int8_TN, scale_T1 = compiled(_quantize_scaled)(dy_TN, scale_N)
+        int8_TN, scale_T1 = fused_loop(_quantize_scaled, dy_TN)(dy_TN, scale_N)
         product_TK = int_product(int8_TN, weight_NK)
-        return compiled(_scale_rows)(product_TK, scale_T1, dy_TN.dtype), None, None
+        dx_TK = fused_loop(_scale_rows, product_TK)(product_TK, scale_T1, dy_TN.dtype)
+        return dx_TK, None, None
 
 
 def int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
@@ -153,15 +157,6 @@ def _aligned(size: int) -> int:
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     missing = columns - matrix.shape[1], rows - matrix.shape[0]
     return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
-
-
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function on its first use, once for all shapes.
-
-    Without fusion, quantizing the operands takes as long as the integer product itself.
-    """
-    return torch.compile(function, dynamic=True)
 
 
 def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
