@@ -13,6 +13,7 @@ import typer
 from launch import (
     __version__,
     chat_command,
+    completion,
     evaluate_command,
     example_commands,
     export_command,
@@ -271,10 +272,19 @@ def sync(
         str | None,
         option(
             "NAME",
-            "register each finished prompt as a version of the model NAME, the best one by "
-            "validation with the alias `best`. [default: tracking.register]",
+            "register the best prompt of each task as a version of the model NAME; the best "
+            "version has the alias `best`. [default: tracking.register]",
         ),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        option(
+            "NAME ...",
+            "Prompts to register, in place of the best.",
+            autocompletion=completion.prompt_names,
+        ),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="NAME")] = None,
 ) -> None:
     """Upload metrics and artifacts that MLflow has not received yet.
 
@@ -288,11 +298,16 @@ def sync(
     - `promptshard sync runs/quickstart --uri https://mlflow.example.org`
     - `promptshard sync runs/quickstart --register triage`
     """
-    preflight.check_result(run_dir)
+    if more and not prompt:
+        raise BadInput(f"{more[0]}: is not expected; name prompts with --prompt {more[0]}")
+    prompts = [*(prompt or ()), *(more or ())]
+    for name in prompts or [None]:
+        preflight.check_result(run_dir, name)
     environment = {k: v for k, v in os.environ.items() if k != URI_VARIABLE}
     if uri:
         environment[URI_VARIABLE] = uri
-    options = ["--register", register] if register else []
+    options = [f"--register={register}"] if register else []
+    options += [f"--prompt={name}" for name in prompts]
     code = run_alone(
         "trainer.commands.sync", ["sync", *options, run_dir], environment, imports="mlflow"
     )

@@ -63,6 +63,7 @@ class Proxy:
         mode: ``passes``; ``hangs``: takes a request and never answers; ``answers 500``;
             ``takes no files``: answers 500 to uploads, passes the rest on; ``stores, answers 500``:
             passes a request on, but answers 500 when one that adds data comes for the first time;
+            ``stores, breaks off``: the same, but closes the connection without an answer;
             ``has no models``: as a server older than MLflow 3; ``other host``: the server gets
             another name of its host; or a number, the HTTP status of all answers.
         asked: method and path of every request, in order.
@@ -100,7 +101,9 @@ class Proxy:
                     self.command, server + self.path, headers=kept, data=body, timeout=60
                 )
                 if proxy.is_first_write(self.command, self.path, body):
-                    self.reply(500, {}, b"no")
+                    self.close_connection = True
+                    if proxy.mode == "stores, answers 500":
+                        self.reply(500, {}, b"no")
                     return
                 self.reply(response.status_code, dict(response.headers), response.content)
 
@@ -128,8 +131,8 @@ class Proxy:
         return self.mode == "has no models" and "/logged-models" in path
 
     def is_first_write(self, command: str, path: str, body: bytes) -> bool:
-        """Whether to answer 500 to a request that the server has stored."""
-        if self.mode != "stores, answers 500" or command == "GET" or not path.endswith(ADDS):
+        """Whether to lose the answer to a request that the server has stored."""
+        if not self.mode.startswith("stores, ") or command == "GET" or not path.endswith(ADDS):
             return False
         # A run or model that is created again after a lost answer would have another time.
         request = path.encode() + (b"" if "create" in path else body)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     sync = commands.add_parser("sync", help="upload what MLflow has not received yet")
     sync.add_argument("--register", help="name of a registered model")
+    sync.add_argument("--prompt", action="append", default=[], help="prompt to register")
     sync.add_argument("run_dir", type=Path, help="output folder of the run")
     follow = commands.add_parser("follow", help="started by the trainer")
     follow.add_argument("options")
@@ -35,10 +37,10 @@ def main(arguments: list[str]) -> int:
         with contextlib.suppress(OSError):
             os.nice(10)  # lower priority than training
         return sender_process.main(chosen.options, uri, read_results)
-    return _sync(chosen.run_dir, uri, chosen.register)
+    return _sync(chosen.run_dir, uri, chosen.register, chosen.prompt)
 
 
-def _sync(run_dir: Path, uri: str | None, register: str | None) -> int:
+def _sync(run_dir: Path, uri: str | None, register: str | None, prompts: Sequence[str]) -> int:
     from trainer.reporting.html import write_missing_report
     from trainer.reporting.mlflow_note import read_results
     from trainer.reporting.summary import finished_summary
@@ -49,7 +51,7 @@ def _sync(run_dir: Path, uri: str | None, register: str | None) -> int:
     try:
         if finished_summary(run_dir) is not None:
             write_missing_report(run_dir, lambda text: print(f"warning: {text}", file=sys.stderr))
-        result = sync(run_dir, read_results, uri, register)
+        result = sync(run_dir, read_results, uri, register, prompts)
     except BadInput as error:
         print(printable(redact(str(error))), file=sys.stderr)
         return EXIT_BAD_INPUT

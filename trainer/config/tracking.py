@@ -37,7 +37,8 @@ class Tracking(Section):
         None,
         alias="register",
         description="name of a registered model in MLflow\n"
-        "Each finished prompt becomes a version, the best one by validation with the alias `best`. "
+        "The best prompt of each task by validation becomes a version of a finished run; "
+        "`promptshard sync --prompt` registers others. The best version has the alias `best`. "
         "In a run with several tasks, each task has its own model, NAME-TASK. The hand-written "
         "prompts go to MLflow's prompt registry as NAME-hand-written.\n"
         "null: nothing is registered",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainer.tracking.logged_models import NoModels, PromptModels
@@ -13,7 +13,7 @@ from trainer.tracking.mlflow_store import MlflowStore
 from trainer.tracking.progress_file import StoreProgress
 from trainer.tracking.refusals import explain
 from trainer.tracking.registry import Registry
-from trainer.tracking.run_files import named
+from trainer.tracking.run_files import mapping, named
 from trainer.tracking.run_metadata import FinalResults, PromptResult, RunMetadata, file_digest
 from trainer.tracking.store_uri import StoreAddress
 
@@ -27,6 +27,7 @@ class ModelSender:
 
     Args:
         register: name of the registered model; default: ``tracking.register``.
+        prompts: names of the prompts to register; empty: the best one of each task.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class ModelSender:
         progress: StoreProgress,
         target: StoreAddress,
         register: str | None = None,
+        prompts: Sequence[str] = (),
     ) -> None:
         self.folder, self.progress, self.target, self.given = folder, progress, target, register
+        self.chosen = prompts
 
     @property
     def register(self) -> str | None:
@@ -110,13 +113,24 @@ class ModelSender:
         name = self.register
         if name is None:
             return {}
-        digests = self._digests()
+        chosen = self.chosen or self._best()
+        digests = {k: digest for k, digest in self._digests().items() if k in chosen}
         texts = {task["name"]: task.get("hand_written") for task in self._tasks()}
         if any(texts.values()):
             digests[HAND_WRITTEN] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
         entries = {prompt: f"{name} {digest}" for prompt, digest in digests.items()}
         sent = self.progress.registered
         return {prompt: entry for prompt, entry in entries.items() if sent.get(prompt) != entry}
+
+    def _best(self) -> list[str]:
+        """Return the selected prompt of each task; of a task without ranking, all prompts."""
+        selected = mapping(self.folder.summary().get("selected"))
+        return [
+            str(prompt["name"])
+            for prompt in self.folder.prompts
+            if mapping(selected.get(str(prompt.get("task")))).get("prompt", prompt["name"])
+            == prompt["name"]
+        ]
 
     def _tasks(self) -> list[dict[str, Any]]:
         return named(self.folder.settings.get("tasks"))

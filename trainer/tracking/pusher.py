@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,11 +53,12 @@ class Pusher:
         target: StoreAddress,
         read_results: ReadResults | None = None,
         register: str | None = None,
+        prompts: Sequence[str] = (),
     ) -> None:
         self.folder, self.state = RunMetadata(output_dir), ProgressFile(output_dir)
         self.target, self.read_results = target, read_results
         self.progress = self.state.stores.setdefault(target.name, StoreProgress())
-        self.models = ModelSender(self.folder, self.progress, target, register)
+        self.models = ModelSender(self.folder, self.progress, target, register, prompts)
         self.points = 0
         self._store: MlflowStore | None = None
         self._has_connected = False
@@ -189,11 +190,13 @@ def sync(
     read_results: ReadResults,
     uri: str | None = None,
     register: str | None = None,
+    prompts: Sequence[str] = (),
 ) -> SyncResult:
     """Send all data of an ended run that its store lacks; idempotent.
 
     Args:
         register: as ``tracking.register``, in place of the run's.
+        prompts: names of the prompts to register; empty: the best one of each task.
         uri: the store's address, given by the user; default: as ``resolve`` chooses.
 
     Raises:
@@ -205,11 +208,13 @@ def sync(
         raise BadInput(f"{output_dir} is not a run directory (no run.yaml)")
     if register is not None and (problem := problem_of_name(register)):
         raise BadInput(f"--register: {problem}")
+    if prompts and not (register or folder.tracking.register_as):
+        raise BadInput("--prompt: chooses what is registered; add --register NAME")
     target = resolve(output_dir, uri, folder.tracking.uri)
     with target.applied(), folder_lock(output_dir) as acquired:
         if not acquired:
             raise BadInput(f"{output_dir}: its run is still sending; sync when it has ended")
-        pusher = Pusher(output_dir, target, read_results, register)
+        pusher = Pusher(output_dir, target, read_results, register, prompts)
         for _ in range(3):
             problem = ""
             try:

@@ -1,4 +1,4 @@
-"""Register finished prompts as versions of a model, and hand-written prompts as MLflow prompts.
+"""Register prompts as versions of a model, and hand-written prompts as MLflow prompts.
 
 Versions are found by tags and hand-written prompts by their text, so repeated calls register
 nothing twice.
