@@ -86,6 +86,7 @@ def write_gguf(
         if setting:
             _add(writer, f"{architecture}.{key}", _setting(config, setting))
     _add_tokenizer(writer)
+    writer.add_license("Apache-2.0")
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())

@@ -390,6 +390,13 @@ def test_other_tokens_of_a_packed_batch_are_refused(run_file, value):
     assert "is not auto or a number of tokens" in problem
 
 
+def test_a_license_is_an_id_of_the_hub(run_file):
+    assert load(run_file()).license is None
+    assert load(run_file(), ["license=Apache-2.0"]).license == "apache-2.0"
+    (problem,) = problems_of(run_file(), "license=Apache 2.0")
+    assert "license: 'Apache 2.0' is not an id of the hub's list" in problem
+
+
 @pytest.mark.parametrize("value", ["auto", "world", "node", 4])
 def test_shard_groups(run_file, value):
     assert load(run_file(), [f"engine.shard_group={value}"]).engine.shard_group == value

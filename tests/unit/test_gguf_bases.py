@@ -24,6 +24,7 @@ from trainer.commands.prepare import prepare
 from trainer.config import Base
 from trainer.data.token_table import Example
 from trainer.model import gguf_header
+from trainer.model.base_license import License, base_license
 from trainer.model.checkpoint_files import open_base
 from trainer.model.fingerprint import fingerprint_base
 from trainer.runtime.console import Console
@@ -99,6 +100,8 @@ def test_prepared_equals_direct(llama: Path, tmp_path: Path, embeddings: str) ->
     assert our_loss(load_shard(out)[0], row) == our_loss(load_shard(llama, **settings)[0], row)
     tokenizers = [open_base(Base(model=str(path))).tokenizer for path in (out, llama)]
     assert tokenizers[0](TEXT) == tokenizers[1](TEXT)
+    for path in (out, llama):
+        assert base_license(Base(model=str(path)), path) == License("apache-2.0")
 
 
 def test_shards_equal_those_of_the_saved_model(llama: Path, tmp_path: Path) -> None:

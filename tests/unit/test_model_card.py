@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
 from tests.unit.run_folder import PROMPTS, finished_run
 from trainer import config as run_files
+from trainer.config import Base
+from trainer.model.base_license import License, base_license
 from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
 from trainer.reporting.model_card import CARD, markdown, write_cards
@@ -23,7 +26,13 @@ DIGEST = "ab" * 32
 HOSTILE = "a | b <script>alert(1)</script> [x](http://e.vil) `c` \x1b[31m **d**\n# e"
 
 
-def write(folder: Path, prompt: SoftPrompt, base: str = str(TINY)) -> Path:
+def write(
+    folder: Path,
+    prompt: SoftPrompt,
+    base: str = str(TINY),
+    of_base: License | None = None,
+    of_run: str | None = None,
+) -> Path:
     """Write a finished run with one saved adapter of ``triage``, and its card."""
     finished_run(folder)
     adapter = folder / "prompts" / "triage"
@@ -31,7 +40,8 @@ def write(folder: Path, prompt: SoftPrompt, base: str = str(TINY)) -> Path:
     config, summary = run_files.load_output(folder), load_summary(folder)
     assert summary is not None
     tables = task_tables(config, summary)
-    write_cards(folder, config, summary, tables, {"triage": usage}, DIGEST)
+    config = config.model_copy(update={"license": of_run})
+    write_cards(folder, config, summary, tables, {"triage": usage}, DIGEST, of_base)
     return adapter / CARD
 
 
@@ -41,6 +51,7 @@ def test_the_card_has_data_scores_settings_and_use(tmp_path: Path) -> None:
     assert card.data.library_name == "peft"
     assert card.data.base_model == str(TINY)
     assert card.data.license == "unknown"
+    assert card.data.base_model_relation == "adapter"
     assert set(card.data.tags) == {"prompt-tuning", "promptshard"}
     accuracy = PROMPTS["triage"][5]
     results = {(r.dataset_split, r.metric_type): r for r in card.data.eval_results}
@@ -61,6 +72,48 @@ def test_the_card_has_data_scores_settings_and_use(tmp_path: Path) -> None:
     assert f"promptshard export {tmp_path}/run triage-vllm --prompt triage --to vllm" in text
     assert f"vllm serve {TINY} --enable-prompt-embeds" in text
     assert f"promptshard generate {tmp_path}/run --prompt triage" in text
+
+
+CARDS: list[tuple[str, License | None]] = [
+    ("license: Apache-2.0", License("apache-2.0")),
+    ("license: [mit]", License("mit")),
+    (
+        "license: other\nlicense_name: llama3.2\nlicense_link: https://example.org/LICENSE",
+        License("other", "llama3.2", "https://example.org/LICENSE"),
+    ),
+    ("license: other\nlicense_name: own\nlicense_link: LICENSE", License("other", "own")),
+    ("license: a <b>", None),
+    ("license: [", None),
+    ("library_name: peft", None),
+]
+
+
+@pytest.mark.parametrize(("front", "expected"), CARDS)
+def test_the_license_of_a_folder_is_that_of_its_card(
+    tmp_path: Path, front: str, expected: License | None
+) -> None:
+    base = Base(model=str(tmp_path))
+    assert base_license(base, tmp_path) is None, "no card"
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A base\n")
+    assert base_license(base, tmp_path) == expected
+
+
+def test_a_file_of_the_license_on_the_hub_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
+    found = base_license(Base(model="org/base"), tmp_path)
+    assert found == License("other", None, "https://huggingface.co/org/base/blob/main/LICENSE")
+
+
+def test_the_license_is_that_of_the_run_file_or_of_the_base(tmp_path: Path) -> None:
+    prompt, named = VirtualTokens(torch.randn(20, 128)), License("other", "own", "https://a.org/x")
+    for of_run, of_base, words in (
+        ("mit", named, "as the run file states"),
+        (None, named, "`own`, the license that the base states"),
+    ):
+        card = ModelCard.load(write(tmp_path / "run", prompt, of_base=of_base, of_run=of_run))
+        license = License(card.data.license, card.data.license_name, card.data.license_link)
+        assert license == (named if of_run is None else License("mit"))
+        assert words in card.text
 
 
 def test_the_lines_for_peft_run(tmp_path: Path) -> None:

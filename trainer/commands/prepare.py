@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import ModelCardData
 from torch import Tensor
 
 from trainer.config import Base
+from trainer.model.base_license import base_license
+from trainer.model.base_tokenizer import CARD
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.layers.quantization import quantize_rows
 from trainer.model.meta_model import build_meta_model, locate_int8_parameters
@@ -200,6 +203,10 @@ def _write_other_files(files: BaseFiles, settings: Base, out: Path) -> None:
     if files.folder.is_file():  # a GGUF file contains config and tokenizer
         for part in (files.config, files.tokenizer, files.generation):
             part.save_pretrained(out)
+        if license := base_license(settings, files.folder):
+            header = ModelCardData(**license.fields()).to_yaml()
+            text = f"Converted to int8 from `{files.folder.name}` by promptshard prepare."
+            (out / CARD).write_text(f"---\n{header}\n---\n\n{text}\n", encoding="utf-8")
     for path in files.small_files("*"):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".h5") or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith("."):

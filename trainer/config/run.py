@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,8 @@ _IN_WHEEL = Path(__file__).resolve().parents[1] / "shipped"
 #: Folder with the shipped ``ds_configs`` and ``examples``; ``setup.py`` puts them into the wheel.
 SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else PROJECT_ROOT
 
+#: Ids as in the hub's list (https://huggingface.co/docs/hub/repositories-licenses).
+LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+_-]{0,63}")
 #: Settings that are not supported yet, each with a remedy.
 NOT_YET_KEYS = {
     "base.trust_remote_code": "models that need custom code are refused",
@@ -38,6 +41,12 @@ class RunConfig(Section):
         description="output folder of the run\n"
         "~ and $NAME are expanded in every path of the file; paths are relative to the working "
         "directory."
+    )
+    license: str | None = Field(
+        None,
+        description="license of the trained prompts, in their model cards\n"
+        "An id of the Hugging Face hub, such as apache-2.0, mit or cc-by-4.0.\n"
+        "null: that of the base, if its model card or GGUF file states one",
     )
     base: Base = Field(description="the frozen pretrained model")
     engine: EngineConfig = Field(
@@ -71,6 +80,16 @@ class RunConfig(Section):
         if not value.strip():
             raise ValueError("is empty; name a folder")
         return str(Path(value))
+
+    @field_validator("license")
+    @classmethod
+    def _license_id(cls, value: str | None) -> str | None:
+        if value is None or LICENSE_ID.fullmatch(value.lower()):
+            return value and value.lower()
+        raise ValueError(
+            f"{value[:60]!r} is not an id of the hub's list of licenses; use one such as "
+            "apache-2.0, mit, cc-by-4.0 or other"
+        )
 
     @field_validator("tasks", "prompts")
     @classmethod

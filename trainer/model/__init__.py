@@ -13,6 +13,7 @@
    logits; or ``decode_step.DecodeStep`` -> logits of the next tokens.
 
 ``chat_template_file`` reads ``base.chat_template``; ``tokenizer_class`` compares the tokenizer with
-its file. ``fingerprint`` hashes the files of a base. ``embedding_lookup`` reads the embeddings of
-some tokens without loading the base; ``embedding_table`` finds their table for other programs.
+its file. ``fingerprint`` hashes the files of a base; ``base_license`` reads its license.
+``embedding_lookup`` reads the embeddings of some tokens without loading the base;
+``embedding_table`` finds their table for other programs.
 """

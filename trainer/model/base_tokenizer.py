@@ -29,6 +29,8 @@ from trainer.runtime.json_file import read_json_object
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json")
 TOKENIZER_BYTES = 1 << 28
 GGUF = ".gguf"
+#: Model card of a folder; it names the license.
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def open_tokenizer(settings: Base) -> BaseTokenizer:
         family_of(model.config, settings.model)
         generation = GenerationConfig.from_model_config(model.config)
         return BaseTokenizer(folder, model.tokenizer, model.config, generation)
-    folder = folder or hub.fetch(settings, SMALL_FILES, download=True)
+    folder = folder or hub.fetch(settings, [*SMALL_FILES, CARD], download=True)
     config, _, tokenizer, generation = read_small_files(folder, settings)
     return BaseTokenizer(folder, tokenizer, config.get_text_config(), generation)
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from trainer.config import Base, resolve_path
 from trainer.model import hub
 from trainer.model.base_tokenizer import (
+    CARD,
     GGUF,
     BaseTokenizer,
     local_path,
@@ -94,7 +95,7 @@ def open_base(
     if folder is not None and folder.suffix == GGUF:
         return _open_gguf(folder, settings)
     from_hub = folder is None
-    folder = folder or hub.fetch(settings, SMALL_FILES, download=download)
+    folder = folder or hub.fetch(settings, [*SMALL_FILES, CARD], download=download)
     config, quantization, tokenizer, generation = read_small_files(folder, settings)
     text = config.get_text_config()
     if from_hub:

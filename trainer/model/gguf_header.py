@@ -18,6 +18,12 @@ ARCHITECTURES = (
 )
 #: Types without blocks, by their name in a safetensors header.
 FLOATS = ("F32", "F16", "BF16")
+#: Fields of a model card, by their name in a GGUF file.
+CARD_FIELDS = {
+    "general.license": "license",
+    "general.license.name": "license_name",
+    "general.license.link": "license_link",
+}
 #: End of the name of a part, as ``llama-gguf-split`` writes it.
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -28,10 +34,12 @@ class GgufHeader:
 
     Attributes:
         tensors: descriptions from ``GGUFReader``, each with the file that holds the tensor.
+        card: those of the fields ``CARD_FIELDS`` that the file has, by the name in a model card.
     """
 
     architecture: str
     tensors: tuple[tuple[Path, Any], ...]
+    card: dict[str, str]
 
 
 def read_gguf_header(path: Path, name: str) -> GgufHeader:
@@ -48,7 +56,7 @@ def read_gguf_header(path: Path, name: str) -> GgufHeader:
             "(pip install 'promptshard[gguf]')"
         ) from None
     tensors: list[tuple[Path, Any]] = []
-    architecture = ""
+    architecture, card = "", dict[str, str]()
     for part in _parts(path, name):
         try:
             with plain_arrays():
@@ -57,6 +65,8 @@ def read_gguf_header(path: Path, name: str) -> GgufHeader:
                 architecture = str(reader.fields["general.architecture"].contents())
                 split = reader.fields.get("split.count")
                 count = int(split.contents()) if split else 1
+                stated = ((name, reader.fields.get(key)) for key, name in CARD_FIELDS.items())
+                card = {name: str(value.contents()) for name, value in stated if value}
         except Exception as error:
             text = " ".join(str(error).split())
             raise BadInput(
@@ -72,7 +82,7 @@ def read_gguf_header(path: Path, name: str) -> GgufHeader:
             f"{unread[0]}: {unread[1].name!r} is stored as {unread[1].tensor_type.name}, which "
             "cannot be read; use a GGUF file of type Q4_0 to Q8_0 or a K-quant"
         )
-    return GgufHeader(architecture, tuple(tensors))
+    return GgufHeader(architecture, tuple(tensors), card)
 
 
 def _parts(path: Path, name: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 The front matter has the fields of https://huggingface.co/docs/hub/model-cards, with the scores as
 model-index. The text has the data, scores beside those of the baselines, settings, and use in PEFT,
-vLLM and promptshard. Imports no torch.
+vLLM and promptshard.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from trainer.config import Prompt, RunConfig, Task, split_template
 from trainer.evaluation.score_format import column_title
 from trainer.evaluation.statistics import STANDARD_ERROR
+from trainer.model.base_license import License
 from trainer.prompts.adapter_files import SETTINGS
 from trainer.reporting.html.run_warnings import DataSplit, data_splits
 from trainer.reporting.result_table import ResultRow, TaskTable
@@ -28,8 +29,8 @@ from trainer.runtime.json_file import read_json_object
 from trainer.runtime.redact import printable, redact
 
 CARD = "README.md"
-#: Value of the field ``license`` until the user sets another one.
-NO_LICENSE = "unknown"
+#: Value of the field ``license`` if neither the run file nor the base states one.
+NO_LICENSE = License("unknown")
 _SPECIAL = re.compile(r"([\\`*_\[\]|~])")
 #: Settings of a prompt that the card lists, if they are set.
 _SETTINGS = (
@@ -80,10 +81,12 @@ _GGUF = (
     "The client reads embeddings of the base from safetensors, and the base is a GGUF file: use "
     "`promptshard export --to llama-cpp`."
 )
-_LICENSE = (
-    "Not set (`license: unknown` above): choose one before you publish the adapter. The base has "
-    "its own license."
-)
+_LICENSE = {
+    "run": "{license}, as the run file states. The base has its own license.",
+    "base": "{license}, the license that the base states.",
+    "unknown": "Not known: the base states none. Set `license` above before you publish the "
+    "adapter, or `license` in the run file before you train.",
+}
 
 
 def write_cards(
@@ -93,12 +96,14 @@ def write_cards(
     tables: Sequence[TaskTable],
     usages: Mapping[str, str],
     base_digest: str,
+    of_base: License | None = None,
 ) -> None:
     """Write the card of every saved adapter.
 
     Args:
         usages: sections about the use in PEFT, by prompt, as ``save_peft`` returns them.
         base_digest: SHA-256 of the base's weights.
+        of_base: license of the base.
     """
     splits = data_splits(output, summary)
     for table in tables:
@@ -106,7 +111,7 @@ def write_cards(
             if row.name not in usages:
                 continue
             prompt = next(prompt for prompt in config.prompts if prompt.name == row.name)
-            text = _card(output, config, summary, table, row, prompt, splits, base_digest)
+            text = _card(output, config, summary, table, row, prompt, splits, base_digest, of_base)
             card = text.replace("\0usage", usages[row.name])
             atomic_io.write(output / "prompts" / row.name / CARD, card)
 
@@ -120,6 +125,7 @@ def _card(
     prompt: Prompt,
     splits: Sequence[DataSplit],
     base_digest: str,
+    of_base: License | None,
 ) -> str:
     adapter = read_json_object(output / "prompts" / prompt.name / SETTINGS)
     base, run_dir = str(adapter["base_model_name_or_path"]), argument(str(output.resolve()))
@@ -128,9 +134,13 @@ def _card(
     vllm = _VLLM.format(run_dir=run_dir, name=prompt.name, base=argument(base))
     if is_prefix or base.endswith(".gguf"):
         vllm = _NO_VLLM if is_prefix else _GGUF
-    task = config.task(prompt.task)
+    task, source, license = config.task(prompt.task), "unknown", NO_LICENSE
+    if config.license is not None:
+        source, license = "run", License(config.license)
+    elif of_base is not None:
+        source, license = "base", of_base
     return _CARD.format(
-        header=_header(base, str(adapter["peft_type"]), prompt, task, table, row),
+        header=_header(base, str(adapter["peft_type"]), prompt, task, table, row, license),
         what=f"{row.num_virtual_tokens} virtual tokens ({kind})",
         base=code(base),
         facts="\n".join(
@@ -148,12 +158,18 @@ def _card(
         vllm=vllm,
         run_dir=run_dir,
         name=prompt.name,
-        license=_LICENSE,
+        license=_LICENSE[source].format(license=code(license.name or license.id)),
     )
 
 
 def _header(
-    base: str, peft_type: str, prompt: Prompt, task: Task, table: TaskTable, row: ResultRow
+    base: str,
+    peft_type: str,
+    prompt: Prompt,
+    task: Task,
+    table: TaskTable,
+    row: ResultRow,
+    license: License,
 ) -> str:
     """Return the front matter, without the lines around it."""
     results = [
@@ -172,7 +188,9 @@ def _header(
     data = ModelCardData(
         library_name="peft",
         base_model=printable(base),
-        license=NO_LICENSE,
+        base_model_relation="adapter",
+        datasets=[source.hub for source in task.train if source.hub] or None,
+        **license.fields(),
         pipeline_tag="text-generation",
         tags=[peft_type.lower().replace("_", "-"), "promptshard"],
         model_name=prompt.name,

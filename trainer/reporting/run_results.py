@@ -10,6 +10,7 @@ from trainer.data.task_data import TaskData
 from trainer.evaluation.score_format import column_title, score_text, shown_scores
 from trainer.evaluation.selection import select, standard_error
 from trainer.evaluation.statistics import STANDARD_ERROR
+from trainer.model.base_license import base_license
 from trainer.model.checkpoint_files import BaseFiles, portable_name
 from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.peft_adapter import FixedText, save_peft
@@ -76,7 +77,8 @@ def write_results(
     )
     save_summary(output, summary)
     tables = task_tables(loop.config, summary)
-    write_cards(output, loop.config, summary, tables, usages, base_digest)
+    license = base_license(loop.config.base, files.folder)
+    write_cards(output, loop.config, summary, tables, usages, base_digest, license)
     try:
         with console.phase("writing the report"):
             write_report(output)
