@@ -87,7 +87,7 @@ def test_the_inspection_shows_only_what_has_a_meaning():
     )
     view = inspection_view("p", inspection)
     assert view.titles == ["token", "nearest tokens, cosine", "loss without it", "attention"]
-    assert view.tokens == [["0", "' pill' 0.31", "+0.0200", "20.0%"]]
+    assert view.tokens == [["0", "'\xa0pill'\xa00.31", "+0.0200", "20.0%"]]
     assert view.controls == [
         ["this prompt", "acne or pain", "25%", "–"],
         ["control: random", "the the", "0%", "8.0000"],

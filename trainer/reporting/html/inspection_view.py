@@ -11,6 +11,8 @@ from trainer.reporting.inspection import Control, PromptInspection, TokenInspect
 NONE = "–"
 #: Nearest tokens that are shown of every virtual token.
 NEAREST = 3
+#: Within a token and its cosine, so that lines break only between tokens.
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ def inspection_view(name: str, inspection: PromptInspection) -> InspectionView:
 
 
 def _token(token: TokenInspection) -> dict[str, str]:
-    nearest = [f"{each.token!r} {each.cosine:.2f}" for each in token.nearest[:NEAREST]]
+    nearest = [
+        f"{each.token!r} {each.cosine:.2f}".replace(" ", NO_BREAK)
+        for each in token.nearest[:NEAREST]
+    ]
     attention = [share for share in token.attention or () if share is not None]
     effect = NONE
     if token.leave_one_out is not None:
