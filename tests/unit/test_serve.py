@@ -28,6 +28,7 @@ from tests.one_rank import OneRank
 from tests.soft_prompts import soft_prompts
 from tests.unit.saved_run import save_run
 from trainer.commands.serve import access
+from trainer.commands.serve.metrics import Metrics
 from trainer.commands.serve.options import Options, parse
 from trainer.commands.serve.program import HttpServer
 from trainer.commands.serve.service import ServedModel, Service
@@ -137,6 +138,37 @@ class Running:
         names = ("running", "waiting", "cache_rows")
         while any(self.metric(name) for name in names) or self.metric("open_requests") > 1:
             time.sleep(0.05)
+
+
+_SAMPLE = re.compile(
+    r'([a-zA-Z_:][\w:]*)(?:\{((?:[a-zA-Z_]\w*="(?:[^"\\\n]|\\[\\"n])*",?)*)\})? (\S+)'
+)
+
+
+def parse_metrics(text: str) -> dict[tuple[str, str], float]:
+    """Values by name and labels; asserts the rules of Prometheus' text format 0.0.4."""
+    assert text.endswith("\n")
+    values: dict[tuple[str, str], float] = {}
+    kinds: dict[str, str] = {}
+    current = ""
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            _, _, current, _ = line.split(" ", 3)
+            assert current not in kinds, "one group of lines for each metric"
+        elif line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert (name, kind in ("counter", "gauge", "summary")) == (current, True)
+            kinds[name] = kind
+        else:
+            sample = _SAMPLE.fullmatch(line)
+            assert sample is not None, line
+            name, labels, value = sample[1], sample[2] or "", float(sample[3])
+            ends = ("_sum", "_count") if kinds[current] == "summary" else ("",)
+            assert name in [current + end for end in ends]
+            assert (name, labels) not in values
+            assert kinds[current] != "counter" or (name.endswith("_total") and value >= 0)
+            values[name, labels] = value
+    return values
 
 
 @contextmanager
@@ -281,6 +313,27 @@ def test_200_requests_at_the_same_time_leave_nothing(world: World, server: Runni
     assert not any(TEXTS[0] in line or TOKEN in line for line in server.lines)
 
 
+def test_metrics_are_in_the_format_of_prometheus(server: Running) -> None:
+    client = server.client()
+    before = parse_metrics(server.send("/metrics")[1])
+    client.completions.create(model="answer", prompt="Hello", max_tokens=3)
+    after = parse_metrics(server.send("/metrics")[1])
+
+    def grown(name: str, labels: str) -> float:
+        key = f"promptshard_serve_{name}", labels
+        return after[key] - before.get(key, 0)
+
+    assert grown("http_requests_total", 'path="/v1/completions",status="200"') == 1
+    assert grown("answer_seconds_count", 'model="answer"') == 1
+    assert 1 <= grown("generated_tokens_total", "") <= 3
+    metrics = Metrics()
+    metrics.note_answer('a "b"\\c\nd', 1.5, 0.5)
+    labels = r'model="a \"b\"\\c\nd"'
+    assert (
+        parse_metrics(metrics.text({}, {}))["promptshard_serve_answer_seconds_sum", labels] == 1.5
+    )
+
+
 def body(**changes: Any) -> bytes:
     return json.dumps({"model": "base", "prompt": "Hello", "max_tokens": 2} | changes).encode()
 
@@ -386,6 +439,8 @@ def test_other_hosts_and_wrong_tokens_are_refused(world: World, server: Running)
         with pytest.raises(openai.AuthenticationError):
             guarded.client(api_key="another").models.list()
         assert len(list(guarded.client().models.list())) == len(world.models)
+        assert guarded.lines
+        assert not any(TOKEN in line for line in guarded.lines)
 
 
 def test_full_servers_refuse_and_stopping_ends_answers(world: World) -> None:
