@@ -32,6 +32,7 @@ def write(
     base: str = str(TINY),
     of_base: License | None = None,
     of_run: str | None = None,
+    **settings: str,
 ) -> Path:
     """Write a finished run with one saved adapter of ``triage``, and its card."""
     finished_run(folder)
@@ -40,7 +41,8 @@ def write(
     config, summary = run_files.load_output(folder), load_summary(folder)
     assert summary is not None
     tables = task_tables(config, summary)
-    config = config.model_copy(update={"license": of_run})
+    used = config.base.model_copy(update=settings)
+    config = config.model_copy(update={"license": of_run, "base": used})
     write_cards(folder, config, summary, tables, {"triage": usage}, DIGEST, of_base)
     return adapter / CARD
 
@@ -128,6 +130,16 @@ def test_the_lines_for_peft_run(tmp_path: Path) -> None:
         joined = torch.cat([prompt_PH[None], words], 1)
         expected = base(inputs_embeds=joined).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_the_command_of_vllm_names_revision_and_chat_template(tmp_path: Path) -> None:
+    prompt = VirtualTokens(torch.randn(20, 128))
+    path = write(tmp_path / "run", prompt, "org/base", revision="v 2", chat_template="mine.jinja")
+    (line,) = (text for text in path.read_text().splitlines() if text.startswith("vllm serve"))
+    assert line == (
+        "vllm serve org/base --enable-prompt-embeds --no-enable-prefix-caching --revision 'v 2' "
+        "--chat-template triage-vllm/chat_template.jinja"
+    )
 
 
 def test_keys_and_values_are_not_for_vllm(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ promptshard generate {run_dir} --prompt {name} --input "..."
 """
 _VLLM = """```bash
 promptshard export {run_dir} {name}-vllm --prompt {name} --to vllm
-vllm serve {base} --enable-prompt-embeds --no-enable-prefix-caching
+vllm serve {base} --enable-prompt-embeds --no-enable-prefix-caching{options}
 python {name}-vllm/vllm_client.py "..."
 ```"""
 _NO_VLLM = "vLLM takes input embeddings, not keys and values: use PEFT or promptshard."
@@ -131,7 +131,12 @@ def _card(
     base, run_dir = str(adapter["base_model_name_or_path"]), argument(str(output.resolve()))
     is_prefix = adapter["peft_type"] == "PREFIX_TUNING"
     kind = "keys and values" if is_prefix else "embeddings"
-    vllm = _VLLM.format(run_dir=run_dir, name=prompt.name, base=argument(base))
+    options = (
+        "" if config.base.revision is None else f" --revision {argument(config.base.revision)}"
+    )
+    if config.base.chat_template is not None:
+        options += f" --chat-template {prompt.name}-vllm/chat_template.jinja"
+    vllm = _VLLM.format(run_dir=run_dir, name=prompt.name, base=argument(base), options=options)
     if is_prefix or base.endswith(".gguf"):
         vllm = _NO_VLLM if is_prefix else _GGUF
     task, source, license = config.task(prompt.task), "unknown", NO_LICENSE
