@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -163,12 +164,14 @@ def train(run: Path, out: Path, kill_after: int | None = None) -> float:
 def read_seconds(base: Path) -> float:
     """Seconds in which two processes read all weight files together, each half of every file."""
     started = time.monotonic()
-    readers = [
-        subprocess.Popen([sys.executable, __file__, "--read", str(base), str(rank)])
-        for rank in range(RANKS)
-    ]
+    fork = multiprocessing.get_context("fork")  # starts no interpreter: only reading is timed
+    readers = [fork.Process(target=read_half, args=(base, rank)) for rank in range(RANKS)]
     for reader in readers:
-        reader.wait()
+        reader.start()
+    for reader in readers:
+        reader.join()
+        if reader.exitcode:
+            raise SystemExit("error: a process could not read the base")
     return time.monotonic() - started
 
 
@@ -281,11 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a billion weights")
     parser.add_argument("--folder", type=Path, help="where the base is written, then deleted")
-    parser.add_argument("--read", nargs=2, help="used by the benchmark")
     args = parser.parse_args()
-    if args.read:
-        read_half(Path(args.read[0]), int(args.read[1]))
-        return
     Path("/proc/self/oom_score_adj").write_text("1000")  # the first process to end if memory lacks
     root = Path(tempfile.mkdtemp(dir=args.folder))
     try:
