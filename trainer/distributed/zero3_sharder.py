@@ -109,7 +109,9 @@ class Zero3Sharder:
 
     def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
         device = str(self._init.remote_device)
-        shard = torch.zeros(self._shard_size(num_elements, unit), dtype=dtype, device=device)
+        shard = torch.empty(self._shard_size(num_elements, unit), dtype=dtype, device=device)
+        start, stop = self.bounds(num_elements, unit)
+        shard[stop - start :].zero_()
         return self._engine.pin_memory(shard) if self._init.pin_memory else shard
 
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:

@@ -193,9 +193,31 @@ class SafetensorsReader:
         else:
             first, last = start * dtype.itemsize, stop * dtype.itemsize
             values = self.read_bytes(name, first, last).view(dtype)
+        self._check_finite(name, values)
+        return values
+
+    def read_into(self, name: str, start: int, target: torch.Tensor, block: int) -> None:
+        """Read elements from ``start`` on into ``target``.
+
+        Args:
+            target: contiguous vector on the CPU, of the type in which the tensor is stored; the
+                tensor is not encoded.
+            block: number of elements that are read and checked at a time.
+
+        Raises:
+            BadInput: if they cannot be read or are not finite.
+        """
+        stored, size = self.tensors[name], target.dtype.itemsize
+        assert stored.encoding is None, name
+        assert stored.dtype == target.dtype, name
+        for values in target.split(block):
+            self._fill(stored, start * size, values.view(torch.uint8))
+            self._check_finite(name, values)
+            start += len(values)
+
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise BadInput(f"{self.tensors[name].path}: {name!r} holds NaN or infinite weights")
-        return values
 
     def read_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read bytes ``start`` to ``stop`` of a tensor that is not encoded."""
@@ -208,7 +230,12 @@ class SafetensorsReader:
             BadInput: if they cannot be read.
         """
         raw = torch.empty(stop - start, dtype=torch.uint8)
-        view, offset, done = raw.numpy().data, stored.begin + start, 0
+        self._fill(stored, start, raw)
+        return raw
+
+    def _fill(self, stored: StoredTensor, start: int, target: torch.Tensor) -> None:
+        """Read bytes of a stored tensor from ``start`` on into a vector of bytes on the CPU."""
+        view, offset, done = target.numpy().data, stored.begin + start, 0
         try:
             if stored.path not in self._descriptors:
                 self._descriptors[stored.path] = os.open(stored.path, os.O_RDONLY)
@@ -221,4 +248,3 @@ class SafetensorsReader:
             raise BadInput(f"{stored.path}: cannot be read: {error}") from None
         self.bytes_read += done
         self._progress(done)
-        return raw

@@ -48,7 +48,7 @@ class WeightSharder(Protocol):
         """Start and stop of this rank's shard of a flat tensor; ``unit`` elements stay together."""
 
     def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
-        """Allocate this rank's shard of a flat tensor: zeros, including padding."""
+        """Allocate this rank's shard of a flat tensor. Only its padding is set, to zeros."""
 
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
         """Turn a parameter on ``meta`` into a sharded parameter with this shard."""
@@ -159,8 +159,7 @@ class _WeightLoader:
         shard = self.sharder.allocate(location.shape.numel(), torch.int8, unit)
         if self.reader.is_int8(location.tensors[0]):
             scales = self.reader.read_row_scales(location.tensors).to(self.device)
-            for _, values, mine, target in self._blocks(location, unit):
-                shard[target] = values.flatten()[mine]
+            self._copy(location, unit, shard)
         else:
             scales = torch.zeros(location.shape[:-1].numel(), device=self.device)
             for rows, values, mine, target in self._blocks(location, unit):
@@ -176,9 +175,21 @@ class _WeightLoader:
         narrow = large and len(location.shape) > 1 and stored.itemsize < self.dtype.itemsize
         kept = stored if narrow else self.dtype
         shard = self.sharder.allocate(location.shape.numel(), kept, unit)
-        for _, values, mine, target in self._blocks(location, unit):
-            shard[target] = values.flatten()[mine].to(kept)
+        self._copy(location, unit, shard)
         return shard
+
+    def _copy(self, location: TensorLocation, unit: int, shard: Tensor) -> None:
+        """Fill the shard with the stored values, which are cast to its type.
+
+        Values that need no conversion are read into the shard itself, without a copy.
+        """
+        rows = RowReader(location, self.reader)
+        if rows.can_fill(shard):
+            start, stop = self.sharder.bounds(location.shape.numel(), unit)
+            rows.fill(shard[: stop - start], start)
+            return
+        for _, values, mine, target in self._blocks(location, unit):
+            shard[target] = values.flatten()[mine].to(shard.dtype)
 
     def _blocks(
         self, location: TensorLocation, unit: int

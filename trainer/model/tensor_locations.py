@@ -77,6 +77,27 @@ class RowReader:
             last = min(first + size, stop)
             yield slice(first, last), self.read(first, last)
 
+    def can_fill(self, shard: Tensor) -> bool:
+        """Whether the files hold the parameter's elements in this shard's type and order."""
+        return (
+            shard.is_cpu
+            and not self._location.transposed
+            and all(
+                self._reader.tensors[name].encoding is None
+                and self._reader.dtype(name) == shard.dtype
+                for name in self._location.tensors
+            )
+        )
+
+    def fill(self, shard: Tensor, start: int) -> None:
+        """Read the parameter's elements from ``start`` on into a shard, without a copy."""
+        size, stop = self._location.stored_shape.numel(), start + len(shard)
+        for i, name in enumerate(self._location.tensors):
+            begin, end = max(start, i * size), min(stop, (i + 1) * size)
+            if begin < end:
+                mine = shard[begin - start : end - start]
+                self._reader.read_into(name, begin - i * size, mine, BLOCK_BYTES // 4)
+
     def read(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of [..., N, K] as one matrix, or elements of a vector."""
         shape, tensors = self._location.shape, self._location.tensors

@@ -82,6 +82,7 @@ class DialogueEncoder:
         known = [i for i in sorted(end_ids) if i < len(tokenizer)]
         ends = {*tokenizer.convert_ids_to_tokens(known), tokenizer.eos_token}
         self._ends = tuple(sorted(end for end in ends if end))
+        self._last_opening: tuple[Messages, Tools, str] | None = None
 
     def opening(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Encode a dialogue with the generation prompt of the assistant at its end."""
@@ -154,10 +155,17 @@ class DialogueEncoder:
                 "results as turns of the user"
             )
 
+    def _opening(self, messages: Messages, tools: Tools) -> str:
+        """Return a dialogue with the generation prompt; the choices of a row share it."""
+        if self._last_opening is None or self._last_opening[:2] != (messages, tools):
+            text = self.template.text(messages, tools, generation_prompt=True)
+            self._last_opening = messages, tools, text
+        return self._last_opening[2]
+
     def _turn(self, messages: Messages, tools: Tools, text: str | None) -> LearnedTurn:
         """Find the labels of the last of the messages; ``text``: the dialogue, if known."""
         number = len(messages) - 1
-        opening = self.template.text(messages[:-1], tools, generation_prompt=True)
+        opening = self._opening(messages[:-1], tools)
         until = self.template.text(messages, tools) if text is None else text
         if not until.startswith(opening):
             until = self._with_earlier(messages, tools, opening, until)
