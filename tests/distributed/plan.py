@@ -24,10 +24,10 @@ from trainer.distributed.model_loading import load_base
 from trainer.distributed.prefetch import RankInfo, prepare_step
 from trainer.distributed.zero3_sharder import base_bytes
 from trainer.model.checkpoint_files import open_base
-from trainer.model.shard_loading import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from trainer.packing.batch_source import BatchSource
 from trainer.prompts.soft_prompt import prompt_lengths
 from trainer.runtime.console import Console
+from trainer.runtime.freed_memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from trainer.runtime.process import flush_and_exit
 from trainer.training.initial_bank import make_bank
 from trainer.training.saved_tensors import SavedBytes

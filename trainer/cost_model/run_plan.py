@@ -35,7 +35,7 @@ from trainer.packing.run_budget import run_budget
 PROMPT_COPIES = 5
 #: Memory of a process on a CPU beside these parts: objects of the model, and freed memory that the
 #: C library keeps for reuse, in multiples of the activations (1.1 to 2.6 with 11 small bases).
-#: Recomputed layers are freed at once (``shard_loading.return_freed_memory``).
+#: Recomputed layers are freed at once (``freed_memory.return_freed_memory``).
 CPU_SLACK_BYTES, CPU_FREED = 5_000_000, 1.5
 #: Copies of a matrix while it is dequantized: converted, and scaled.
 DEQUANTIZED_COPIES = 2

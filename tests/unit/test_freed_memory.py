@@ -14,7 +14,7 @@ PROGRAM = """
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from trainer.model.shard_loading import return_freed_memory
+from trainer.runtime.freed_memory import return_freed_memory
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 for _ in range(3):  # glibc now keeps smaller allocations for reuse
@@ -48,7 +48,7 @@ FORWARD = """
 import sys
 from pathlib import Path
 import torch
-from trainer.model.shard_loading import return_freed_memory
+from trainer.runtime.freed_memory import return_freed_memory
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 with return_freed_memory(reuse=sys.argv[1] == "reuse"):
