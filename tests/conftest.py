@@ -20,21 +20,31 @@ import pytest
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 CLUSTERS = ("tests/hosts/", "tests/slurm/")
+#: Unit test files with every family. One worker runs them: importing all families of transformers
+#: and saving their models takes long.
+FAMILY_FILES = (
+    "test_families.py",
+    "test_like_transformers.py",
+    "test_other_device.py",
+    "test_saved_tensors.py",
+    "test_prefix_tuning.py",
+    "test_scoring.py",
+)
 #: Unit test files by the CPU time they take, the longest first.
 SLOW_FILES = (
-    "test_families.py",
-    "test_other_device.py",
+    *FAMILY_FILES,
     "test_launch.py",
-    "test_like_transformers.py",
-    "test_prefix_tuning.py",
-    "test_architecture.py",
-    "test_tokenizer.py",
+    "test_gguf_bases.py",
+    "test_fused_ops.py",
+    "test_metrics.py",
     "test_flex.py",
-    "test_generation.py",
-    "test_serve.py",
+    "test_quantized_bases.py",
+    "test_architecture.py",
     "test_report.py",
-    "test_bank.py",
-    "test_slurm.py",
+    "test_tokenizer.py",
+    "test_generation.py",
+    "test_inspect_prompts.py",
+    "test_freed_memory.py",
 )
 #: Tests that ``make test-oldest`` runs: these files, in some of them only the tests of these
 #: families, and the quickstart.
@@ -143,8 +153,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Divide the tests into scopes, each of which one worker runs.
 
-    The scopes are each unit test file, each test of tests/gpu, tests/distributed, the tests of
-    clusters, and all others.
+    The scopes are the unit test files with every family, each other unit test file, each test of
+    tests/gpu, tests/distributed, the tests of clusters, and all others.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -152,7 +162,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
             if file.startswith("tests/unit/"):
-                return file
+                return "families" if file.endswith(FAMILY_FILES) else file
             if file.startswith("tests/gpu/"):
                 return nodeid  # most of their time is compilation on the host
             if file.startswith("tests/distributed/"):

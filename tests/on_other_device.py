@@ -1,15 +1,13 @@
-"""Program: every family's step and the parts of a run, on a simulated device.
+"""Every family's step and the parts of a run, on a simulated device.
 
-python -m tests.on_other_device OUT.json
+Importing this registers the device with torch: tests/unit/test_other_device.py does so in a fork.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.unsharded_base import load_unsharded
-from tests.family_bases import CASES, errors, problem, save_family
+from tests.family_bases import CASES, errors, problem
 from tests.one_rank import OneRank
 from tests.other_device import Waits, moved, other_device
 from tests.soft_prompts import soft_prompts
@@ -64,19 +62,21 @@ PROMPTS = [
 ]
 
 
-def main() -> None:
+def main(out: Path, family: Callable[[str], Path]) -> None:
+    """Write the results as JSON; ``family`` returns the folder of a case."""
     with torch.compiler.set_stance("force_eager"):
-        families = {f"{case}-dequantize": family(case, "dequantize") for case in CASES}
+        families = {f"{case}-dequantize": step(family(case), case) for case in CASES}
         for case, kind in PRODUCTS:
-            families[f"{case}-{kind}"] = family(case, kind, checkpointing=True)
+            families[f"{case}-{kind}"] = step(family(case), case, kind, checkpointing=True)
         result = {"families": families, "run": compared_run()}
-    Path(sys.argv[1]).write_text(json.dumps(result))
+    out.write_text(json.dumps(result))
 
 
-def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, float]:
+def step(
+    folder: Path, case: str, kind: str = "dequantize", *, checkpointing: bool = False
+) -> dict[str, float]:
     """Distance of a packed batch's loss and gradients from the CPU's, and the number of waits."""
-    with tempfile.TemporaryDirectory() as folder:
-        base = load_unsharded(save_family(Path(folder), case), "int8", checkpointing)
+    base = load_unsharded(folder, "int8", checkpointing)
     use_matmul(base, kind, OUTLIERS)
     rows, prompts = problem(base.hidden_size)
     if case not in WITHOUT and base.packed:
@@ -182,9 +182,3 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         "waits": waits,
         "batches": batches,
     }
-
-
-if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # torch's threads for a device that is not there do not end

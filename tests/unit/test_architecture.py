@@ -70,12 +70,17 @@ MODULES = modules()
 
 
 @functools.cache
+def syntax_tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(name: str, *, top_level_only: bool = False) -> tuple[str, ...]:
     """Dotted names that a module imports.
 
     ``from a import b`` counts as ``a.b`` where that is a module of ours, else as ``a``.
     """
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    tree = syntax_tree(name)
     names: list[str] = []
     for node in _walk(tree, top_level_only):
         if isinstance(node, ast.Import):
@@ -193,7 +198,6 @@ def test_help_answers_within_a_second_and_without_torch():
         f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    seconds = []
     for _ in range(3):
         started = _cpu_seconds()  # not the clock: other work may share the cores
         done = subprocess.run(
@@ -203,10 +207,12 @@ def test_help_answers_within_a_second_and_without_torch():
             text=True,
             env={**os.environ, "COLUMNS": "100"},
         )
-        seconds.append(_cpu_seconds() - started)
+        seconds = _cpu_seconds() - started
         assert done.returncode == 0, done.stderr
         assert "RUN.yaml" in done.stdout
-    assert min(seconds) < 1.0
+        if seconds < 1.0:
+            return
+    pytest.fail(f"{seconds:.2f} s")
 
 
 def _cpu_seconds() -> float:
@@ -219,8 +225,8 @@ def test_names_say_what_they_hold():
     """No variable, argument, attribute or function is called after the act of finding it."""
     vague = {"found", "said", "told", "taken", "whole"}
     uses = []
-    for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for name in MODULES:
+        for node in ast.walk(syntax_tree(name)):
             if isinstance(node, ast.Name):
                 identifier = node.id
             elif isinstance(node, ast.arg | ast.keyword):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import shutil
@@ -25,6 +26,7 @@ from tests.family_bases import (
     family_config,
     plain_model,
     problem,
+    quantize_plain,
     randomize,
     row_by_row,
     save_family,
@@ -80,7 +82,16 @@ def ours(family: Any) -> Callable[..., PromptedBase]:
 @pytest.fixture(scope="module")
 def plain(family: Any) -> Callable[[str, str], Any]:
     """Return a function that loads the weights of a case in transformers once per kind."""
-    return functools.cache(lambda case, quantization: plain_model(family(case), quantization))
+
+    @functools.cache
+    def get(case: str, quantization: str) -> Any:
+        if quantization == "none":
+            return plain_model(family(case), "none")
+        model = copy.deepcopy(get(case, "none"))
+        quantize_plain(model)
+        return model
+
+    return get
 
 
 def packed(

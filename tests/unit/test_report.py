@@ -28,8 +28,12 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.reporting.html.collect.curve_plots", lambda *_: [])
 
 
-def test_the_page_shows_every_result(tmp_path: Path) -> None:
-    html = write_report(finished_run(tmp_path / "support")).read_text()
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(finished_run(tmp_path_factory.mktemp("report") / "support")).read_text()
+
+
+def test_the_page_shows_every_result(html: str) -> None:
     for text in [*PROMPTS, *(t for hard in HAND_WRITTEN.values() for t, *_ in hard)]:
         assert text in html
     for text in (
@@ -49,8 +53,7 @@ def test_the_page_shows_every_result(tmp_path: Path) -> None:
     assert "mlflow ui" in html
 
 
-def test_the_page_needs_no_network_and_is_well_formed(tmp_path: Path) -> None:
-    html = write_report(finished_run(tmp_path)).read_text()
+def test_the_page_needs_no_network_and_is_well_formed(html: str) -> None:
     assert not re.search(r"(?:src|href)=\"(?!#)|@import|url\((?!#)|<script", html)
     open_tags: list[str] = []
 
