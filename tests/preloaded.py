@@ -73,15 +73,17 @@ def start(
     stdout: Path,
     stderr: Path | None,
     mlflow: bool = False,
+    cwd: Path = ROOT,
 ) -> Process:
-    """Start ``python -m MODULE ARGUMENTS`` in the repository's folder.
+    """Start ``python -m MODULE ARGUMENTS``.
 
     Args:
         environ: the whole environment of the process.
         stdout, stderr: files, which may be the same; None: stderr goes to ``stdout`` too.
+        cwd: the working directory.
         mlflow: send metrics to MLflow; otherwise a process that sends nothing reports success.
     """
-    work = (module, arguments, dict(environ), str(stdout), str(stderr or stdout), mlflow)
+    work = (module, arguments, dict(environ), str(stdout), str(stderr or stdout), mlflow, str(cwd))
     process = _server().Process(target=_run, args=work, daemon=True)
     process.start()
     return Process(process)
@@ -93,12 +95,18 @@ def run(
     environ: Mapping[str, str],
     timeout: float = 400,
     mlflow: bool = False,
+    cwd: Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
     """Start a process, wait for its end and read its output."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
         process = start(
-            module, *arguments, environ=environ, stdout=stdout, stderr=stderr, mlflow=mlflow
+            *(module, *arguments),
+            environ=environ,
+            stdout=stdout,
+            stderr=stderr,
+            mlflow=mlflow,
+            cwd=cwd,
         )
         try:
             code = process.wait(timeout)
@@ -116,12 +124,13 @@ def _run(
     stdout: str,
     stderr: str,
     mlflow: bool,
+    cwd: str = str(ROOT),
 ) -> None:
     die_with_parent(signal.SIGKILL)  # the server, which ends with the tests
     multiprocessing.current_process()._config["daemon"] = False  # it may start processes itself
     os.environ.clear()
     os.environ.update(environ)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     for descriptor, path in ((1, stdout), (2, stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)

@@ -1,7 +1,8 @@
 """README and docs/, as a new user follows them: every command, in order, in an empty folder.
 
-The first run is the quickstart itself, in full: what it promises is asserted here. A command that
-several documents name is run once. tests/unit/test_shipped_files.py checks links and run files.
+The first run is the quickstart itself, in full: what it promises is asserted here. The other
+commands run with libraries imported (tests/preloaded_commands.py). A command that several documents
+name is run once. tests/unit/test_shipped_files.py checks links and run files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from launch.launcher_command import free_port
-from tests import golden
+from tests import golden, preloaded
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -88,6 +89,15 @@ class Folder:
             check=False,
         )
 
+    def promptshard(self, *words: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+        """Run a command with libraries imported; the quickstart imports them as a user does."""
+        return preloaded.run(
+            *("tests.preloaded_commands", *words),
+            environ=self.environment | {"OMP_NUM_THREADS": "1"},  # of tiny models
+            timeout=timeout,
+            cwd=self.path,
+        )
+
     def summary(self, output: str) -> Any:
         return json.loads((self.path / output / "summary.json").read_text())
 
@@ -143,7 +153,8 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
         words += ["--rows", "20"]
     if "submit" in words:  # tests/slurm has a Slurm
         words.append("--dry-run")
-    done = folder.run(*words)
+    program, *arguments = words
+    done = folder.promptshard(*arguments) if program == "promptshard" else folder.run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     if words[1] == "generate":
         # Angina is cardiac, and insulin metabolic: the prompt asks for the illness.
@@ -153,7 +164,7 @@ def test_command(folder: Folder, command: str, request: pytest.FixtureRequest) -
 @pytest.mark.timeout(1000)
 def test_predictions_are_those_of_the_training(folder: Folder) -> None:
     (command,) = (line for line in commands("promptshard") if " predict " in line)
-    done = folder.run(*shlex.split(command))
+    done = folder.promptshard(*shlex.split(command)[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     records, trained = (
         [json.loads(line) for line in (folder.path / name).read_text().splitlines()]
@@ -171,7 +182,7 @@ def test_inspection_of_the_quickstart(folder: Folder) -> None:
     """What prompts elicit is above their controls; one rank finds the same as two."""
     assert INSPECT in commands("promptshard")
     few = ["--rows", "48"]
-    done = folder.run(*shlex.split(INSPECT), *few, timeout=900)
+    done = folder.promptshard(*shlex.split(INSPECT)[1:], *few, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads((folder.path / "runs/quickstart/inspection.json").read_text())
     for name, prompt in two["prompts"].items():
@@ -187,7 +198,7 @@ def test_inspection_of_the_quickstart(folder: Folder) -> None:
             saved = json.loads((folder.path / adapter / "adapter_config.json").read_text())
             assert saved["num_virtual_tokens"] == prompt["pruned"]["num_virtual_tokens"]
     one_rank = ["--processes", "1", "--json", "one.json"]
-    done = folder.run("promptshard", "inspect", "runs/quickstart", *few, *one_rank, timeout=900)
+    done = folder.promptshard("inspect", "runs/quickstart", *few, *one_rank, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     one = json.loads((folder.path / "one.json").read_text())
     for name, prompt in one["prompts"].items():
@@ -200,7 +211,7 @@ def test_inspection_of_the_quickstart(folder: Folder) -> None:
 def test_mlflow_predicts_with_a_registered_prompt(folder: Folder) -> None:
     (command,) = PREDICT
     register = next(c for c in commands("promptshard") if "--register" in c)
-    done = folder.run(*shlex.split(register))
+    done = folder.promptshard(*shlex.split(register)[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     (rows,) = (text for text in blocks("json") if "dataframe_records" in text)
     (folder.path / "rows.json").write_text(rows)
