@@ -309,8 +309,10 @@ def test_more_examples_than_the_context_holds(tmp_path: Path) -> None:
     builder = ArmBuilder(
         Options(tmp_path, shots=3), config, data, encoder, [(0, config.prompts[0])], [4]
     )
-    with pytest.raises(BadInput, match=r"--shots 3: the context does not hold the examples: .*40"):
+    expected = "--shots 3: the context does not hold the examples; lower it: .*40"
+    with pytest.raises(BadInput, match=expected) as refusal:
         builder.build()
+    assert "too_long" not in str(refusal.value), "the rows alone fit"
 
 
 @pytest.mark.parametrize("option", ["shots", "retrieved", "knn"])

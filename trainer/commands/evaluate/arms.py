@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -261,9 +262,9 @@ class ArmBuilder:
                 position=prompt.placement if prompt else "front",
             )
         except BadInput as error:
+            found = re.split(r"[;:] shorten it", error.problems[0])[0]  # the rows are not at fault
             raise BadInput(
-                f"{option}: the context does not hold the examples: {problem}"
-                for problem in error.problems[:1]
+                f"{option}: the context does not hold the examples; lower it: {found}"
             ) from None
         places = [[train.where(index) for index in indices] for indices in chosen]
         return replace(plain, name=f"{kind}-{count}", kind=kind, rows=encoded, examples=places)
