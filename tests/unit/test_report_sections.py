@@ -10,6 +10,7 @@ import yaml
 
 from tests.unit.run_folder import finished_run, small_config
 from trainer.evaluation.prediction_files import baseline_file, path_of
+from trainer.reporting.evaluation import TaskEvaluation, by_rank
 from trainer.reporting.html import write_report
 from trainer.reporting.html.collect import collect
 from trainer.reporting.html.inspection_view import inspection_view
@@ -119,6 +120,22 @@ def test_many_prompts_of_many_tasks_are_shown_in_parts(tmp_path, monkeypatch):
         assert f">{task}</a>" in overview
     assert "Take triage (20 virtual tokens)" in overview
     assert "No prompt can be recommended" in overview
+
+
+def test_an_evaluation_of_many_prompts_shows_the_best_ones_first() -> None:
+    arm = {"low": None, "high": None, "tokens_per_query": 1.0, "flops_per_query": 1.0, "bytes": 1}
+    arms = [arm | {"name": "no_prompt", "kind": "no_prompt", "score": 0.0}]
+    arms += [arm | {"name": f"p{i}", "kind": "prompt", "score": i / 100} for i in range(14)]
+    arms += [arm | {"name": "lora", "kind": "adapter", "score": 0.0}]
+    values = {"rows": 5, "metric": "accuracy", "detectable_difference": None, "best": "p13"}
+    task = TaskEvaluation.model_validate(values | {"arms": arms})
+    first, others = by_rank(task, 10)
+    expected = ["no_prompt", *(f"p{i}" for i in range(4, 14)), "lora"]
+    assert [each.name for each in first] == expected
+    assert [each.name for each in others] == ["p0", "p1", "p2", "p3"]
+    losses = task.model_copy(update={"metric": "loss"})
+    assert [each.name for each in by_rank(losses, 10)[1]] == ["p10", "p11", "p12", "p13"]
+    assert by_rank(task, 12)[1] == [], "two more are not worth a part of their own"
 
 
 def test_findings_in_hand_written_texts_are_shown_with_rewrites(tmp_path, monkeypatch):

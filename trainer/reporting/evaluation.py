@@ -167,6 +167,18 @@ def label(task: TaskEvaluation, arm: ArmResult) -> str:
     return f"{'*' if arm.name == task.best else ' '} {text}"
 
 
+def by_rank(task: TaskEvaluation, top: int) -> tuple[list[ArmResult], list[ArmResult]]:
+    """Divide the arms, in their order: all but the trained prompts below ``top``, and these."""
+    sign = -1 if task.metric in LOWER_IS_BETTER else 1
+
+    def rank(arm: ArmResult) -> float:
+        return math.inf if arm.score is None else -sign * arm.score
+
+    trained = [arm for arm in task.arms if arm.kind in ("prompt", "prompt_retrieved")]
+    last = sorted(trained, key=rank)[top:] if len(trained) > top + 2 else []
+    return [arm for arm in task.arms if arm not in last], [a for a in task.arms if a in last]
+
+
 def remarks(task: TaskEvaluation) -> list[str]:
     """Return how to read the table of a task, in sentences."""
     lines = []
