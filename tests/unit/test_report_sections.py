@@ -202,7 +202,10 @@ def test_the_plan_stands_beside_what_was_measured(tmp_path, monkeypatch):
     folder = finished_run(tmp_path)
     summary = load_summary(folder)
     assert summary is not None
-    save_summary(folder, summary.model_copy(update={"planned": planned}))
+    changes = {"planned": planned, "time": {"total": 180.0}}
+    save_summary(folder, summary.model_copy(update=changes))
     facts = {fact.name: fact for fact in collect(folder).facts}
     assert (facts["useful tokens/s"].value, facts["useful tokens/s"].planned) == ("5,204", "5,100")
+    hours = facts["rank-hours (CPU)"]
+    assert (hours.value, hours.planned) == ("0.1", "0.05"), "two ranks"
     assert "planned 3.4 MB" in write_report(folder).read_text()

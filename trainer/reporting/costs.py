@@ -32,6 +32,7 @@ def cost_facts(summary: RunSummary, useful_tokens: int = 0) -> list[Fact]:
         if plan is None
         else {
             "time": clock(plan.seconds),
+            device_hours_name(summary): _hours(plan.seconds, summary),
             "useful tokens/s": f"{plan.useful_tokens_per_second:,.0f}",
             "base per rank": size(plan.base_bytes_per_rank),
             "peak GPU memory": size(plan.peak_bytes),
@@ -78,9 +79,11 @@ def cost_sentence(summary: RunSummary) -> str:
 
 def device_hours(summary: RunSummary) -> str | None:
     """Ranks times hours; a rank has one GPU, or on a CPU its share of the cores."""
-    if "total" not in summary.time or not summary.world_size:
-        return None
-    return f"{summary.time['total'] * summary.world_size / 3600:.3g}"
+    return _hours(summary.time["total"], summary) if "total" in summary.time else None
+
+
+def _hours(seconds: float, summary: RunSummary) -> str | None:
+    return f"{seconds * summary.world_size / 3600:.3g}" if summary.world_size else None
 
 
 def device_hours_name(summary: RunSummary) -> str:
