@@ -131,10 +131,10 @@ def train(
 ) -> None:
     """Train the prompts defined in a run file on one sharded base model.
 
-    Checks the run file and all data first. Then the DeepSpeed launcher starts one process per GPU;
-    it can also be called by hand: `deepspeed --module trainer RUN.yaml`, but not in a folder with
-    Python files of your own, which would be imported first. Ctrl-C saves a checkpoint and stops
-    all processes. Per-process logs are in `output_dir/logs`.
+    Checks the run file and all data first. Then it starts one process per GPU, as the DeepSpeed
+    launcher does, which can also be called by hand: `deepspeed --module trainer RUN.yaml`, but not
+    in a folder with Python files of your own, which would be imported first. Ctrl-C saves a
+    checkpoint and stops all processes. Per-process logs are in `output_dir/logs`.
 
     **Examples:**
 

@@ -1,4 +1,4 @@
-"""Build commands of the DeepSpeed launcher (0.19.8): devices, hosts, arguments, environment."""
+"""Build the commands that start ranks: devices, hosts, arguments, environment."""
 
 from __future__ import annotations
 
@@ -269,13 +269,10 @@ def free_port() -> int:
 def _per_node(
     module: str, ids: Mapping[str, Sequence[int]], node_rank: int, address: str, port: int
 ) -> list[str]:
-    """Return the command of ``deepspeed.launcher.launch``, which starts the ranks of one host.
-
-    ``deepspeed`` would run the same with ``-m``, which imports from the working directory first.
-    """
+    """Return the command of ``launch.local_launcher``, which starts the ranks of one host."""
     world = json.dumps({name: list(devices) for name, devices in ids.items()})
     return [
-        *bootstrap.command("deepspeed.launcher.launch", "--parent-death=SIGKILL"),
+        *bootstrap.command("launch.local_launcher", "--parent-death=SIGKILL"),
         "--world_info=" + base64.urlsafe_b64encode(world.encode()).decode(),
         f"--node_rank={node_rank}",
         f"--master_addr={address}",

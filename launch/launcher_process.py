@@ -1,7 +1,7 @@
-"""Run the DeepSpeed launcher: log its output, forward signals to the ranks, leave no orphans.
+"""Run the launcher: log its output, forward signals to the ranks, leave no orphans.
 
-The launcher (DeepSpeed 0.19.8) turns a signal into exit code 1 and hides the ranks' exit codes, so
-signals are sent to the ranks and not to the launcher. Slurm sends a signal to every process of a
+The launcher turns a signal into exit code 1 and ends the ranks, so signals are sent to the ranks
+and not to the launcher. Slurm sends a signal to every process of a
 job step, so the launcher starts with stop signals blocked; the ranks unblock them when they have
 handlers. Exit code 0 is a success only if rank 0 has removed a marker file, because another program
 may have run instead of this one.

@@ -1,8 +1,8 @@
 """Check the settings of a Slurm job, and render its sbatch script. Pure functions.
 
-A job has one task per node: ``srun`` starts ``launch/node.py``, which starts the DeepSpeed launcher
-without ssh. Before the time limit Slurm signals the batch shell, which forwards the signal to the
-ranks and requeues the job after they have saved and stopped. Needs Slurm 22.05 or newer.
+A job has one task per node: ``srun`` starts ``launch/node.py``, which starts the node's ranks.
+Before the time limit Slurm signals the batch shell, which forwards the signal to the ranks and
+requeues the job after they have saved and stopped. Needs Slurm 22.05 or newer.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def start_ranks(
 ) -> ExitReport:
     """Run a module on all devices of this machine, or on the hosts of a hostfile over ssh.
 
-    A single rank starts without the DeepSpeed launcher, whose imports take seconds.
+    A single rank starts without a launcher.
 
     Args:
         ranks_per_host: None for one rank per GPU, or for the slots of the hostfile.

@@ -14,7 +14,7 @@ from trainer import config as run_file
 from trainer.checkpointing.checkpoint_names import newest_checkpoint
 from trainer.config import RunConfig
 from trainer.runtime.console import Console
-from trainer.runtime.process import flush_and_exit
+from trainer.runtime.process import fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_rank
 
 
@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def train(config: RunConfig, console: Console) -> None:
         console.verbose = args.verbose
-        with console.phase("importing torch, transformers and deepspeed", announce=True):
+        phase = console.phase("importing torch, transformers and deepspeed", announce=True)
+        with phase, fast_imports():
             from trainer.run import train as train_run
 
         train_run(config, console, fresh=args.fresh, command=shown_command(args))

@@ -87,6 +87,6 @@ def test_one_rank_starts_without_the_launcher(
         promptshard("generate", run, "--prompt", "words", "--input", "a", *options)
     (alone, own), (launched, _) = started
     assert alone[-1] == launched[-1] == "trainer.commands.generate"
-    assert "deepspeed.launcher.launch" in launched
-    assert "deepspeed.launcher.launch" not in alone
+    assert "launch.local_launcher" in launched
+    assert "launch.local_launcher" not in alone
     assert "WORLD_SIZE" not in own

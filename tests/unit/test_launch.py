@@ -96,10 +96,10 @@ def test_a_process_ends_as_its_command_does(run_file, words, code):
 
 
 def parsed(command: list[str]) -> Any:
-    """What the per-node part of the real launcher reads in a command of ours."""
+    """What the per-node part of DeepSpeed's launcher reads in a command of ours."""
     from deepspeed.launcher.launch import parse_args
 
-    launcher = [bootstrap.FILE, "--parent-death=SIGKILL", "deepspeed.launcher.launch"]
+    launcher = [bootstrap.FILE, "--parent-death=SIGKILL", "launch.local_launcher"]
     assert command[:4] == [sys.executable, *launcher]
     with patch.object(sys, "argv", command[3:]):
         namespace = parse_args()
@@ -110,6 +110,44 @@ def parsed(command: list[str]) -> Any:
     rank = [bootstrap.FILE, "--parent-death=SIGTERM", "--arguments-in-environment", "trainer"]
     assert [namespace.training_script, *namespace.training_script_args] == rank
     return namespace
+
+
+def test_ranks_get_the_environment_of_the_deepspeed_launcher(tmp_path):
+    """Both programs start the second host's ranks with the same arguments."""
+    world = {"n1": [0], "n2": [2, 3]}
+    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import json, os, sys\n"
+        "from pathlib import Path\n"
+        "Path(sys.argv[1], os.environ['RANK']).write_text(json.dumps([dict(os.environ), "
+        "sys.argv]))\n"
+    )
+    given = {}
+    for module in ("deepspeed.launcher.launch", "launch.local_launcher"):
+        out = tmp_path / module
+        out.mkdir()
+        words = [f"--world_info={encoded}", "--node_rank=1", "--master_addr=n1"]
+        words += ["--master_port=4711", "--no_local_rank", str(rank), str(out), "--a", "b c"]
+        done = subprocess.run(
+            [*bootstrap.command(module), *words],
+            env=os.environ | {"DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        spawned = launcher_process.SPAWNED.findall(done.stdout + done.stderr)
+        assert len(spawned) == 2
+        ranks = {path.name: json.loads(path.read_text()) for path in sorted(out.iterdir())}
+        for environment, words in ranks.values():
+            environment.pop(bootstrap.PARENT)
+            # of the import of DeepSpeed, also in each rank
+            environment.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+            words[1] = "OUT"
+        given[module] = ranks
+    first, second = given.values()
+    assert list(second) == ["1", "2"]
+    assert first == second
 
 
 @pytest.mark.parametrize(

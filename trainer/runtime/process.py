@@ -21,6 +21,9 @@ UNFINISHED = "PROMPTSHARD_UNFINISHED"
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
 #: Environment variable with the time (seconds since the epoch) at which the command was started.
 STARTED = "PROMPTSHARD_STARTED"
+#: Libraries that torch and transformers (5.24) import if installed, for parts that are not used
+#: here: losses of image models, pickles of lambdas, loading to several devices.
+UNUSED = ("scipy", "dill", "accelerate")
 #: Result of ``process_start`` if the process exists but has no readable start time.
 UNKNOWN = "unknown"
 
@@ -41,16 +44,31 @@ def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) ->
 
 @contextmanager
 def fast_imports() -> Iterator[None]:
-    """Import without garbage collection, which saves a fifth of the time to import torch.
+    """Import torch, transformers and deepspeed without what is not needed of them.
 
-    Python would search all objects of the imported modules again and again; they stay excluded.
+    Garbage collection is off: Python would search all objects of the imported modules again and
+    again; they stay excluded. ``UNUSED`` libraries are hidden.
     """
     gc.disable()
     try:
-        yield
+        with hidden(*UNUSED):
+            yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def hidden(*libraries: str) -> Iterator[None]:
+    """Make libraries appear not to be installed, unless they are already imported."""
+    blocked = [name for name in libraries if name not in sys.modules]
+    for name in blocked:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in blocked:
+            del sys.modules[name]
 
 
 def mark_finished() -> None:

@@ -1,6 +1,6 @@
 """Standard streams of a rank: only rank 0 writes to the terminal. Standard library only.
 
-``promptshard train`` redirects the stdout of the DeepSpeed launcher to a log file. Ranks inherit
+``promptshard train`` redirects the stdout of the launcher to a log file. Ranks inherit
 descriptor 0 from the launcher unchanged, so it carries the user's stdout (``isatty`` works), and
 ``PROMPTSHARD_STDOUT_FD`` is set to 0. With ``deepspeed --module trainer``, the user's stdout is
 descriptor 1 as usual.

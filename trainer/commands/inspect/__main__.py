@@ -19,7 +19,7 @@ from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
-from trainer.runtime.process import flush_and_exit
+from trainer.runtime.process import fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_rank
 
 #: With ``--json -`` the JSON goes to stdout, and all other output to stderr.
@@ -76,7 +76,8 @@ def _inspect_run(
     config: RunConfig, saved: Path | None, num_rows: int, out: Path | None, console: Console
 ) -> None:
     """Measure weights and losses of a run's base model; ``saved`` is the run's output folder."""
-    with console.phase("importing torch, transformers and deepspeed", announce=True):
+    phase = console.phase("importing torch, transformers and deepspeed", announce=True)
+    with phase, fast_imports():
         from trainer.commands.inspect.losses import all_arms, measure_losses, trained_prompts
         from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
         from trainer.distributed.deepspeed_engine import Engine

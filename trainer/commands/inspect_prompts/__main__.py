@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from trainer.commands.inspect_prompts.options import parse
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import die_with_parent, flush_and_exit
+from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import report_bad_input, run_guarded
 
 
@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report_bad_input(rank, error)
 
     def program(console: Console) -> None:
-        with console.phase("importing torch, transformers and deepspeed", announce=True):
+        phase = console.phase("importing torch, transformers and deepspeed", announce=True)
+        with phase, fast_imports():
             from trainer.commands.inspect_prompts.program import inspect
         inspect(options, run, console)
 

@@ -12,7 +12,7 @@ from trainer.commands.lint.options import parse, results_folder
 from trainer.config import load
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import die_with_parent, flush_and_exit
+from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import report_bad_input, run_guarded
 
 
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report_bad_input(rank, error)
 
     def program(console: Console) -> None:
-        with console.phase("importing torch, transformers and deepspeed", announce=True):
+        phase = console.phase("importing torch, transformers and deepspeed", announce=True)
+        with phase, fast_imports():
             from trainer.commands.lint.program import measure
         measure(options, config, console)
 

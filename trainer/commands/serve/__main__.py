@@ -12,7 +12,7 @@ from trainer.commands.serve.options import TOKEN_VARIABLE, parse
 from trainer.inference.saved_run import open_run
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import die_with_parent, flush_and_exit
+from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import report_bad_input, run_guarded
 
 
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.pop(TOKEN_VARIABLE, None)
 
     def program(console: Console) -> None:
-        with console.phase("importing torch, transformers and deepspeed", announce=True):
+        phase = console.phase("importing torch, transformers and deepspeed", announce=True)
+        with phase, fast_imports():
             from trainer.commands.serve.program import serve
         serve(options, run, chosen, token, console)
 
