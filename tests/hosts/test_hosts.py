@@ -84,23 +84,18 @@ def hosts() -> Iterator[Hosts]:
 
 
 @contextmanager
-def started(hosts: Hosts, folder: Path, output: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    hostfile = folder / "hosts"
-    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+def started(*commands: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start commands; kill those that are still running at the end."""
     processes = [
         subprocess.Popen(
-            [
-                *(IP or "ip", "netns", "exec", name),
-                *(sys.executable, "-m", "launch", "train", *SETTINGS, f"output_dir={output}"),
-                *("--hostfile", str(hostfile), "--no-ssh", "--node-rank", str(rank)),
-            ],
+            command,
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank, name in enumerate(hosts.names)
+        for command in commands
     ]
     try:
         yield processes
@@ -108,6 +103,21 @@ def started(hosts: Hosts, folder: Path, output: Path) -> Iterator[list[subproces
         for process in processes:
             process.kill()
             process.wait()
+
+
+def train(output: Path, *options: str) -> list[str]:
+    settings = [*SETTINGS, f"output_dir={output}"]
+    return [sys.executable, "-m", "launch", "train", *settings, *options]
+
+
+def train_on(hosts: Hosts, hostfile: Path, output: Path) -> list[list[str]]:
+    """The command of each host."""
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    options = ["--hostfile", str(hostfile), "--no-ssh", "--node-rank"]
+    return [
+        [IP or "ip", "netns", "exec", name, *train(output, *options, str(rank))]
+        for rank, name in enumerate(hosts.names)
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -134,49 +144,31 @@ def inhabitants(name: str) -> list[str]:
 def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Output folders of the runs on two hosts and on one; output of each host after the cut."""
     folder = tmp_path_factory.mktemp("hosts")
-    output = folder / "two"
-    with started(hosts, folder, output) as processes:
+    one, two = folder / "one", folder / "two"
+    commands = train_on(hosts, folder / "hosts", two)
+    with started(*commands) as processes:
         deadline = time.monotonic() + 120
-        while not list((output / "checkpoints").glob("step-*")):
+        while not list((two / "checkpoints").glob("step-*")):
             assert time.monotonic() < deadline, [p.poll() for p in processes]
             time.sleep(0.05)
         hosts.cable("down")
-        cut = time.monotonic()
-        outputs = [process.communicate(timeout=8 * TIMEOUT_SECONDS)[0] for process in processes]
-        seconds = time.monotonic() - cut
-        codes = [process.returncode for process in processes]
-    deadline = time.monotonic() + SENDER_SECONDS
-    while left := [line for name in hosts.names for line in inhabitants(name)]:
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
+        # While the hosts wait for each other, the run on one machine has the cores.
+        with started(train(one, "--processes", "2")) as (local,):
+            outputs = [process.communicate(timeout=8 * TIMEOUT_SECONDS)[0] for process in processes]
+            codes = [process.returncode for process in processes]
+            deadline = time.monotonic() + SENDER_SECONDS
+            while left := [line for name in hosts.names for line in inhabitants(name)]:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+            text = local.communicate(timeout=300)[0]
+            assert local.returncode == 0, text
     hosts.cable("up")
-    with started(hosts, folder, output) as processes:
+    with started(*commands) as processes:
         again = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], again
     assert "resuming from step" in again[0]
-    one = folder / "one"
-    local = subprocess.run(
-        [
-            *(sys.executable, "-m", "launch", "train", *SETTINGS, f"output_dir={one}"),
-            *("--processes", "2"),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert local.returncode == 0, local.stderr
-    return {
-        "two": output,
-        "one": one,
-        "outputs": outputs,
-        "codes": codes,
-        "s": seconds,
-        "left": left,
-    }
+    return {"two": two, "one": one, "outputs": outputs, "codes": codes, "left": left}
 
 
 @pytest.mark.timeout(600)

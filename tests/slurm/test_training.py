@@ -27,6 +27,8 @@ from trainer.config import dump, load
 pytestmark = pytest.mark.timeout(900)
 
 START_SECONDS = 300  # until a run has a new checkpoint, on a busy machine
+#: More than is left after the time limit is cut: Slurm's next check, twice a minute, then signals.
+SIGNAL_SECONDS = 150
 OUTPUT = Path("runs", "often stopped")
 (SMOKE,) = EXAMPLES["cpu-smoke-test"].tasks
 
@@ -42,8 +44,9 @@ class Run:
 
     def submit(self) -> str:
         stdout = self.desk.promptshard(
-            *("submit", str(self.run_file), "--nodes", "2", "--time", "10"),
-            *("--signal-seconds", "60", "--max-requeues", "5", f"output_dir={OUTPUT}"),
+            *("submit", str(self.run_file), "--nodes", "2", "--time", "15"),
+            *("--signal-seconds", str(SIGNAL_SECONDS), "--max-requeues", "5"),
+            f"output_dir={OUTPUT}",
         )
         return stdout.split("submitted job ")[1].split(":")[0]
 
@@ -100,7 +103,7 @@ def run(desk: Desk) -> Run:
         limit = int(run_seconds(cluster.job(run.job)["RunTime"]) + 65) // 60 + 1
         cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
         until(lambda: "the time limit is near" in read(run.log), 120, run.logs)
-        cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=10")
+        cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=15")
     until(lambda: "requeued as restart 1 of at most 5" in read(run.log), 60, run.logs)
 
     smoke = desk.path / "runs" / "smoke" / "summary.json"
