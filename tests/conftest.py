@@ -1,7 +1,7 @@
 """Shared fixtures and collection hooks.
 
 Every test is marked with its folder: ``pytest -m unit`` runs tests/unit. With ``-n 2``
-(pytest-xdist), all tests of tests/distributed run on one worker, as do those of clusters.
+(pytest-xdist), one worker runs all tests of a scope (``_scope``), the longest scopes first.
 ``pytest --list-faults`` prints which test reproduces which failure (``@pytest.mark.fault``).
 """
 
@@ -20,6 +20,9 @@ import pytest
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 CLUSTERS = ("tests/hosts/", "tests/slurm/")
+DOCUMENTS = "tests/distributed/test_readme.py"
+#: Scopes of tests that start processes. Those of clusters mostly wait, so they start first.
+SCOPES = ("clusters", "ranks", "documents", "others")
 #: Unit test files with every family. One worker runs them: importing all families of transformers
 #: and saving their models takes long.
 FAMILY_FILES = (
@@ -130,12 +133,32 @@ def _is_of_oldest(item: pytest.Item) -> bool:
     return unit and case in OLDEST_FAMILIES and not ties
 
 
+def _scope(nodeid: str) -> str:
+    """The tests that share a worker with this one, and so its fixtures and imports.
+
+    The scopes are the unit test files with every family, each other unit test file, each test of
+    tests/gpu, and ``SCOPES``: the tests of clusters, the rest of tests/distributed, the documents,
+    and all others.
+    """
+    file = nodeid.split("::")[0]
+    if file.startswith("tests/unit/"):
+        return "families" if file.endswith(FAMILY_FILES) else file
+    if file.startswith("tests/gpu/"):
+        return nodeid  # most of their time is compilation on the host
+    if file == DOCUMENTS:
+        return "documents"
+    if file.startswith("tests/distributed/"):
+        return "ranks"
+    return "clusters" if file.startswith(CLUSTERS) else "others"
+
+
 def _place(item: pytest.Item) -> int:
-    """Tests that start ranks or clusters, then slow files, then the others."""
-    if item.path.parent.name != "unit":
-        return 0
-    name = item.path.name
-    return 1 + (SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES))
+    """Tests that start processes, then tests/gpu, then slow files, then the others."""
+    scope, name = _scope(item.nodeid), item.path.name
+    if scope in SCOPES:
+        return SCOPES.index(scope)
+    slow = SLOW_FILES.index(name) + 1 if name in SLOW_FILES else len(SLOW_FILES) + 1
+    return len(SCOPES) + (slow if item.path.parent.name == "unit" else 0)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -151,23 +174,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Divide the tests into scopes, each of which one worker runs.
-
-    The scopes are the unit test files with every family, each other unit test file, each test of
-    tests/gpu, tests/distributed, the tests of clusters, and all others.
-    """
+    """Divide the tests into scopes, each of which one worker runs."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            if file.startswith("tests/unit/"):
-                return "families" if file.endswith(FAMILY_FILES) else file
-            if file.startswith("tests/gpu/"):
-                return nodeid  # most of their time is compilation on the host
-            if file.startswith("tests/distributed/"):
-                return "ranks"
-            return "clusters" if file.startswith(CLUSTERS) else "others"
+            return _scope(nodeid)
 
     config.option.loadscopereorder = False  # keep the order of the collection
     return Scheduling(config, log)
