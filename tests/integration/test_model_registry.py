@@ -67,6 +67,10 @@ def test_the_best_and_chosen_prompts_become_versions_once(
     )
     texts = [f"{text}{{{{text}}}}\nTopic:" for text, *_ in HAND_WRITTEN["triage"]]
     assert sorted(v.tags["mlflow.prompt.text"] for v in written) == sorted(texts)
+    scores = {v.tags["mlflow.prompt.text"]: v.tags["validation_accuracy"] for v in written}
+    rows = HAND_WRITTEN["triage"]
+    assert scores == dict(zip(texts, [f"{score:.6g}" for _, _, score, _ in rows], strict=True))
+    assert "validation_accuracy" not in client.get_prompt("notes-triage-hand-written").tags
     linked = json.loads(parent.data.tags["mlflow.linkedPrompts"])
     assert len(linked) == len(HAND_WRITTEN["triage"]) + len(HAND_WRITTEN["animals"])
 

@@ -193,13 +193,18 @@ class Registry:
                 template = template_of(text, task)
                 version: Any = known.get(template)
                 if version is None:
-                    metric = f"validation_{task.get('metric')}"
-                    score = scores.get(text, {}).get(metric)
                     version = self.client.register_prompt(
                         registered,
                         template,
                         commit_message=f"Hand-written prompt for task {name}",
-                        tags=clean_tags({"task": name, metric: score}),
+                        tags=clean_tags({"task": name}),
+                    )
+                metric = f"validation_{task.get('metric')}"
+                score = scores.get(text, {}).get(metric)
+                if isinstance(score, int | float) and metric not in version.tags:
+                    # Not in ``register_prompt``, which shows tags as those of all versions, too.
+                    self.client.set_prompt_version_tag(
+                        registered, version.version, metric, f"{float(score):.6g}"
                     )
                 with _as_global_store(self.store.target.uri):
                     self.client.link_prompt_version_to_run(
