@@ -91,7 +91,23 @@ def one_way(
     inputs = [
         list(packed_row.example.input_ids[:5]) for packed_row in packed_rows[:5]
     ]  # fewer than two each
+    texts = [text.ids for text in generate(engine, base, ending, inputs, prompts[0], 6)]
+    bytes_read = loaded.stats.bytes_read
+    is_kept = base_digest(base) == digest
+    for_inference = shard_base(engine, config, placed=True)
+    resident = for_inference.model
+    kept = placement.kept_bytes
+    engine.attach(resident, for_inference.policy, kept, only_inference=True)
+    before = engine.gathered_bytes - engine.exchanged_bytes
+    texts_of_resident = [t.ids for t in generate(engine, resident, ending, inputs, prompts[0], 6)]
+    gathered_by_resident = engine.gathered_bytes - engine.exchanged_bytes - before
+    lean = shard_base(engine, config, placed=True)
+    engine.attach(lean.model, lean.policy, 0, only_inference=True)
     return {
+        "resident_has_hooks": any(module._forward_pre_hooks for module in resident.modules()),
+        "lean_has_hooks": any(module._forward_pre_hooks for module in lean.model.modules()),
+        "texts_of_resident": texts_of_resident,
+        "gathered_by_resident": gathered_by_resident,
         "equal": equal,
         "lookup_bytes": lookups,
         "expected_lookup_bytes": row_bytes(
@@ -104,14 +120,14 @@ def one_way(
         "expected_gathered": layer_bytes(base, ranks)
         + row_bytes(words(engine.world_size), engine.rank, ranks, rows)
         + head_bytes(labels(engine.world_size), engine.rank, ranks, base),
-        "texts": [text.ids for text in generate(engine, base, ending, inputs, prompts[0], 6)],
+        "texts": texts,
         "block": list(rows.shape),
         "type": str(rows.dtype),
         "table_is_a_parameter": any(p.ds_numel == table_VH.numel() for p in embeddings(base)),
         "table_fetched": fetches_table(labels(engine.world_size), engine.rank, ranks, base),
         "base_bytes": base_bytes(base),
-        "bytes_read": loaded.stats.bytes_read,
-        "digest_kept": base_digest(base) == digest,
+        "bytes_read": bytes_read,
+        "digest_kept": is_kept,
     }
 
 

@@ -61,6 +61,15 @@ class TestLookup:
                 assert rank[way]["texts"] == expected["texts"]
             assert any(rank[way]["texts"])
 
+    def test_a_base_for_inference_that_fits_is_gathered_once_and_has_no_hooks(
+        self, ranks: Any, way: str
+    ) -> None:
+        for rank in ranks:
+            assert rank[way]["texts_of_resident"] == rank[way]["texts"]
+            assert rank[way]["gathered_by_resident"] == 0
+            assert not rank[way]["resident_has_hooks"]
+            assert rank[way]["lean_has_hooks"] == (GROUPS[way] != 1), "does not fit"
+
 
 def test_stored_and_read_bytes_are_divided_among_ranks(ranks: Any) -> None:
     for rank in ranks:

@@ -185,14 +185,35 @@ class Engine(Ranks):
 
         Args:
             kept_bytes: maximum bytes of gathered parameters that stay here until ``end_step``.
-            only_inference: the base is used without gradients. If this rank holds all of it, no
-                hooks are installed: in a decode step they take longer than the products.
+            only_inference: the base is used without gradients. If all of it may stay gathered, it
+                is gathered now, without hooks: in a decode step they take longer than the products.
         """
-        if only_inference and self._holds_all(base):
-            return base
+        self._kept, self.kept_bytes = [], 0
+        module = base
+        if not (only_inference and self._gather_all(base, kept_bytes)):
+            module = self._install_hooks(base, policy, kept_bytes)
+        self._heads = [module for module in base.modules() if isinstance(module, FrozenHead)]
+        for head in self._heads:
+            head.keeps = self.kept_bytes + head.table_bytes <= kept_bytes
+        return module
+
+    def _gather_all(self, base: nn.Module, kept_bytes: int) -> bool:
+        """Gather all parameters for good, if they fit; a complete shard on the device is a view."""
+        parameters: list[Any] = list(base.parameters())
+        if any(p.ds_tensor.device.type != self.device.type for p in parameters):
+            return False
+        if self._group_size > 1:
+            num_bytes = sum(p.ds_numel * p.ds_tensor.element_size() for p in parameters)
+            if num_bytes > kept_bytes:
+                return False
+            self.kept_bytes = num_bytes
+        for parameter in parameters:  # together they would be copied once more
+            parameter.all_gather_coalesced([parameter]).wait()
+        return True
+
+    def _install_hooks(self, base: nn.Module, policy: dict[str, Any], kept_bytes: int) -> nn.Module:
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
         self._zero, self._traced = engine.optimizer, False
-        self._kept, self.kept_bytes = [], 0
         for parameter in base.parameters():
             zero: Any = parameter
             num_bytes = zero.ds_numel * zero.ds_tensor.element_size()
@@ -200,23 +221,10 @@ class Engine(Ranks):
                 self.kept_bytes += num_bytes
                 zero.ds_active_sub_modules.add(KEPT)
                 self._kept.append(zero)
-        self._heads = [module for module in base.modules() if isinstance(module, FrozenHead)]
-        for head in self._heads:
-            head.keeps = self.kept_bytes + head.table_bytes <= kept_bytes
         # Returned without the engine's wrapper, which refuses a plain ``loss.backward()``.
         module: nn.Module = engine.module
         module.register_forward_hook(self._check_trace)
         return module
-
-    def _holds_all(self, base: nn.Module) -> bool:
-        """Make the parameters views of their shards, if these are complete and on the device."""
-        parameters: list[Any] = list(base.parameters())
-        is_here = all(p.ds_tensor.device.type == self.device.type for p in parameters)
-        if self._group_size > 1 or not is_here:
-            return False
-        if parameters:
-            parameters[0].all_gather_coalesced(parameters).wait()
-        return True
 
     def _check_trace(self, *_: object) -> None:
         """After a forward, note whether DeepSpeed still has the trace of training.
