@@ -63,11 +63,12 @@ def test_tables_have_the_format_of_log_table(tmp_path: Path) -> None:
     frame = pandas.DataFrame(records).astype({"loss": object})
     assert table == json.loads(frame.to_json(orient="split", index=False))
 
-    arms = [{"name": "no_prompt", "kind": "no_prompt", "score": 0.25, "text": None}]
+    arms = [{"name": "hand_written-1", "kind": "hand_written", "score": 0.123456789, "text": "A?"}]
     evaluation = tmp_path / "evaluation.json"
     evaluation.write_text(json.dumps({"tasks": {"t": {"metric": "accuracy", "arms": arms}}}))
     (row,) = evaluation_rows(evaluation)
-    assert (row["task"], row["metric"], row["score"]) == ("t", "accuracy", 0.25)
+    shown = [row[name] for name in ("task", "metric", "score", "text")]
+    assert shown == ["t", "accuracy", 0.123457, "A?"]
     assert json.loads(to_json([])) == {"columns": [], "data": []}
 
 

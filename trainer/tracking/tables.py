@@ -20,7 +20,7 @@ MAX_TEXT = 2000
 TAG = "mlflow.loggedArtifacts"
 EVALUATION = (
     *("name", "kind", "score", "low", "high", "difference", "difference_low", "difference_high"),
-    *("p_value", "tokens_per_query", "flops_per_query", "bytes"),
+    *("p_value", "tokens_per_query", "flops_per_query", "bytes", "text"),
 )
 #: MLflow's comparison groups by the first column and compares the second one.
 PREDICTIONS = ("input", "prediction", "target", "correct", "loss", "row")
@@ -65,5 +65,10 @@ def add_to_tag(tag: str | None, path: str) -> str:
 
 
 def _selected(record: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    values = {key: record.get(key) for key in keys}
-    return {k: v[:MAX_TEXT] if isinstance(v, str) else v for k, v in values.items()}
+    return {key: _shown(record.get(key)) for key in keys}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):  # MLflow's pages show all digits
+        return float(f"{value:.6g}")
+    return value[:MAX_TEXT] if isinstance(value, str) else value
