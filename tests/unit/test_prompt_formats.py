@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import importlib.util
 import io
 import json
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -357,6 +361,35 @@ def test_a_base_that_scales_embeddings_reads_the_same_in_vllm(
     torch.testing.assert_close(read, torch.cat([prompt_PH, embedded]), rtol=1e-6, atol=1e-6)
     with pytest.raises(BadInput, match="TensorRT-LLM does so with embeddings"):
         export(run, tmp_path / "trt", "tensorrt-llm")
+
+
+def test_the_code_of_the_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it that needs neither a server nor a program that is not installed."""
+    run = write_run(tmp_path / "run", base=TINY.resolve())
+    ids, at, _ = expected(run, "A text.")
+
+    def blocks(target: str, language: str) -> list[str]:
+        export(run, tmp_path / target, target)
+        monkeypatch.chdir(tmp_path / target)
+        return re.findall(rf"```{language}\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+
+    def output(commands: list[str], begin: str) -> str:
+        (command,) = (text for text in commands if text.startswith(begin))
+        line = command.splitlines()[0].replace('"..."', '"A text."').partition(" > ")[0]
+        arguments = [sys.executable, *shlex.split(line)[1:]]
+        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+
+    names: dict[str, Any] = {}
+    for target in ("npz", "peft"):
+        (code,) = blocks(target, "python")
+        exec(code, names)
+    assert torch.equal(torch.from_numpy(names["virtual_tokens"]), virtual_tokens())
+    assert torch.equal(names["model"].get_prompt(1)[0], virtual_tokens())
+    rows = range(plain().config.vocab_size, plain().config.vocab_size + P)
+    made = output(blocks("tensorrt-llm", "bash"), "python tensorrt_llm_input.py")
+    assert list(map(int, made.split(","))) == [*ids[:at], *rows, *ids[at:]]
+    made = output(blocks("llama-cpp", "bash"), "python -c")
+    assert ast.literal_eval(made) == (ids, at)
 
 
 def test_keys_and_values(tmp_path: Path) -> None:
