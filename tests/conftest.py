@@ -28,7 +28,6 @@ SCOPES = ("clusters", "ranks", "documents", "others")
 FAMILY_FILES = (
     "test_families.py",
     "test_like_transformers.py",
-    "test_other_device.py",
     "test_saved_tensors.py",
     "test_prefix_tuning.py",
     "test_scoring.py",
@@ -36,6 +35,7 @@ FAMILY_FILES = (
 #: Unit test files by the CPU time they take, the longest first.
 SLOW_FILES = (
     *FAMILY_FILES,
+    "test_other_device.py",
     "test_launch.py",
     "test_gguf_bases.py",
     "test_fused_ops.py",

@@ -1,13 +1,15 @@
-"""Every family's step and the parts of a run, on a simulated device.
+"""Program: every family's step and the parts of a run, on a simulated device.
 
-Importing this registers the device with torch: tests/unit/test_other_device.py does so in a fork.
+python -m tests.on_other_device OUT.json
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.unsharded_base import load_unsharded
-from tests.family_bases import CASES, errors, problem
+from tests.family_bases import CASES, errors, problem, save_family
 from tests.one_rank import OneRank
 from tests.other_device import Waits, moved, other_device
 from tests.soft_prompts import soft_prompts
@@ -62,21 +64,19 @@ PROMPTS = [
 ]
 
 
-def main(out: Path, family: Callable[[str], Path]) -> None:
-    """Write the results as JSON; ``family`` returns the folder of a case."""
+def main() -> None:
     with torch.compiler.set_stance("force_eager"):
-        families = {f"{case}-dequantize": step(family(case), case) for case in CASES}
+        families = {f"{case}-dequantize": family(case, "dequantize") for case in CASES}
         for case, kind in PRODUCTS:
-            families[f"{case}-{kind}"] = step(family(case), case, kind, checkpointing=True)
+            families[f"{case}-{kind}"] = family(case, kind, checkpointing=True)
         result = {"families": families, "run": compared_run()}
-    out.write_text(json.dumps(result))
+    Path(sys.argv[1]).write_text(json.dumps(result))
 
 
-def step(
-    folder: Path, case: str, kind: str = "dequantize", *, checkpointing: bool = False
-) -> dict[str, float]:
+def family(case: str, kind: str, *, checkpointing: bool = False) -> dict[str, float]:
     """Distance of a packed batch's loss and gradients from the CPU's, and the number of waits."""
-    base = load_unsharded(folder, "int8", checkpointing)
+    with tempfile.TemporaryDirectory() as folder:
+        base = load_unsharded(save_family(Path(folder), case), "int8", checkpointing)
     use_matmul(base, kind, OUTLIERS)
     rows, prompts = problem(base.hidden_size)
     if case not in WITHOUT and base.packed:
@@ -182,3 +182,9 @@ def run(base: PromptedBase, device: torch.device) -> dict[str, Any]:
         "waits": waits,
         "batches": batches,
     }
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads for a device that is not there do not end

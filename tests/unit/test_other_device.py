@@ -6,8 +6,9 @@ Numbers are those of the CPU; that kernels of a GPU give the same is for tests/g
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.family_bases import CASES
 
+ROOT = Path(__file__).resolve().parents[2]
 #: Whose products are not those of ``dequantize``; layers are then recomputed in backward, too.
 PRODUCTS = [("llama", "int8"), ("olmo", "int8"), ("bloom", "int8"), ("llama", "int8_outliers")]
 
@@ -23,22 +25,20 @@ PRODUCTS = [("llama", "int8"), ("olmo", "int8"), ("bloom", "int8"), ("llama", "i
 TRANSFORMERS_WAITS = {"falcon": 4, "falcon-grouped": 4, "gemma3n": 2, "phi3-longrope": 1}
 
 
-def write_results(out: Path, family: Callable[[str], Path]) -> None:
-    from tests import on_other_device  # registers the device
-
-    on_other_device.main(out, family)
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, family: Callable[[str], Path]) -> Any:
-    """By a fork of this process, which has the families imported: torch cannot forget a device."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """By a process of its own: torch cannot forget a device."""
     out = tmp_path_factory.mktemp("device") / "out.json"
-    fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=write_results, args=(out, family), daemon=True)
-    process.start()
-    process.join(600)
-    process.kill()
-    assert process.exitcode == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.on_other_device", str(out)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return json.loads(out.read_text())
 
 
