@@ -262,9 +262,9 @@ class ArmBuilder:
                 position=prompt.placement if prompt else "front",
             )
         except BadInput as error:
-            found = re.split(r"[;:] shorten it", error.problems[0])[0]  # the rows are not at fault
+            reason = re.split(r"[;:] shorten it", error.problems[0])[0]  # the rows are not at fault
             raise BadInput(
-                f"{option}: the context does not hold the examples; lower it: {found}"
+                f"{option}: the context does not hold the examples; lower it: {reason}"
             ) from None
         places = [[train.where(index) for index in indices] for indices in chosen]
         return replace(plain, name=f"{kind}-{count}", kind=kind, rows=encoded, examples=places)
