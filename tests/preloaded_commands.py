@@ -1,8 +1,8 @@
 """Run a command of ``promptshard`` in a folder, with torch, transformers and deepspeed imported.
 
 The command is a process of its own (tests/preloaded.py). The processes that it starts (a rank, the
-DeepSpeed launcher, the launcher's ranks) are forks, not new interpreters that import these
-libraries again. Each has the environment, arguments and streams that a new interpreter would get.
+launcher, the launcher's ranks) are forks, not new interpreters that import these libraries again.
+Each has the environment, arguments and streams that a new interpreter would get.
 
     preloaded.run("tests.preloaded_commands", COMMAND, *ARGUMENTS, cwd=FOLDER, environ=...)
 """
@@ -72,7 +72,7 @@ def _run(words: list[str], settings: dict[str, Any]) -> None:
 
     threads = os.environ.get("OMP_NUM_THREADS")  # read by torch when it was imported
     torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
-    if "deepspeed.launcher.launch" in words:
+    if "launch.local_launcher" in words:
         subprocess.Popen = start  # type: ignore[assignment,misc]
     sys.argv = words
     bootstrap.main()
