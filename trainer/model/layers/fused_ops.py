@@ -18,15 +18,13 @@ import dis
 import inspect
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import (
@@ -37,41 +35,19 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
+from trainer.model.layers.activations import ACTIVATIONS, gated, gated_backward
 from trainer.model.layers.compilation import fused_loop
+from trainer.model.layers.int8_blocks import SharedInput, int8_gated_mlp
+from trainer.model.layers.int8_matmul import Product
+from trainer.model.layers.linear import FrozenLinear
 
-#: Activations with a hand-written derivative, by the class that transformers implements them with.
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    type(ACT2FN["silu"]): "silu",
-    type(ACT2FN["gelu"]): "gelu",
-    type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
-}
+#: Layers of a gated MLP, and those of an attention whose input is the same.
+MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
+QKV_LAYERS = ("q_proj", "k_proj", "v_proj")
 
 
 def _loop(function: Callable[..., Any], compiled: bool, x: Tensor) -> Callable[..., Any]:
     return fused_loop(function, x) if compiled else function
-
-
-def _act(gate: Tensor, kind: str) -> Tensor:
-    if kind == "silu":
-        return functional.silu(gate)
-    return functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-
-def _act_backward(grad: Tensor, gate: Tensor, kind: str) -> Tensor:
-    if kind == "silu":
-        of_gate: Tensor = torch.ops.aten.silu_backward(grad, gate)
-        return of_gate
-    approximate = "tanh" if kind == "gelu_tanh" else "none"
-    of_gate = torch.ops.aten.gelu_backward(grad, gate, approximate=approximate)
-    return of_gate
-
-
-def _gate(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return _act(gate, kind) * up
-
-
-def _gate_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    return _act_backward(grad * up, gate, kind), grad * _act(gate, kind)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
@@ -90,13 +66,26 @@ def _norm_backward(grad: Tensor, x: Tensor, factor: Tensor, weight: Tensor, offs
 
 
 def _rotate(x_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    first, second = x_TAD.chunk(2, dim=-1)
-    return x_TAD * cos_T1D + torch.cat([-second, first], dim=-1) * sin_T1D
+    # ``cat`` is last, so that each half is one vectorized loop.
+    (first, second), (cos, cos_2), (sin, sin_2) = (
+        t.chunk(2, dim=-1) for t in (x_TAD, cos_T1D, sin_T1D)
+    )
+    return torch.cat([first * cos - second * sin, second * cos_2 + first * sin_2], dim=-1)
 
 
 def _rotate_back(grad_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    first, second = (grad_TAD * sin_T1D).chunk(2, dim=-1)
-    return grad_TAD * cos_T1D + torch.cat([second, -first], dim=-1)
+    (first, second), (cos, cos_2), (sin, sin_2) = (
+        t.chunk(2, dim=-1) for t in (grad_TAD, cos_T1D, sin_T1D)
+    )
+    return torch.cat([first * cos + second * sin_2, second * cos_2 - first * sin], dim=-1)
+
+
+def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate_both_back(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotate_back(q, cos, sin), _rotate_back(k, cos, sin)
 
 
 class _Gated(torch.autograd.Function):
@@ -105,14 +94,14 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.compiled = kind, compiled
         # Detached: requires_grad is a compilation guard, which would cause a second compilation.
-        y: Tensor = _loop(_gate, compiled, gate)(gate.detach(), up.detach(), kind)
+        y: Tensor = _loop(gated, compiled, gate)(gate.detach(), up.detach(), kind)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        backward = _loop(_gate_backward, ctx.compiled, gate)
+        backward = _loop(gated_backward, ctx.compiled, gate)
         return *backward(grad, gate, up, ctx.kind), None, None
 
 
@@ -138,20 +127,23 @@ class _Normed(torch.autograd.Function):
 
 
 class _Rotated(torch.autograd.Function):
+    """Rotates queries and keys in one call."""
+
     @staticmethod
     def forward(
-        ctx: Any, x_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, compiled: bool
-    ) -> Tensor:
+        ctx: Any, q_TAD: Tensor, k_TAD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_T1D, sin_T1D)  # shared by all layers
         ctx.compiled = compiled
-        y_TAD: Tensor = _loop(_rotate, compiled, x_TAD)(x_TAD.detach(), cos_T1D, sin_T1D)
-        return y_TAD
+        rotate = _loop(_rotate_both, compiled, q_TAD)
+        rotated: tuple[Tensor, Tensor] = rotate(q_TAD.detach(), k_TAD.detach(), cos_T1D, sin_T1D)
+        return rotated
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TAD: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _loop(_rotate_back, ctx.compiled, grad_TAD)
-        return backward(grad_TAD, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        rotate = _loop(_rotate_both_back, ctx.compiled, grad_q)
+        return *rotate(grad_q, grad_k, *ctx.saved_tensors), None, None, None
 
 
 def _apply_rotation(
@@ -162,7 +154,7 @@ def _apply_rotation(
     heads = 2 if unsqueeze_dim == 1 else unsqueeze_dim
     q, k = (x.transpose(1, 2) if unsqueeze_dim == 1 else x for x in (q, k))
     cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
-    q, k = (_Rotated.apply(x, cos, sin, compiled) for x in (q, k))
+    q, k = _Rotated.apply(q, k, cos, sin, compiled)
     return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
 
 
@@ -181,18 +173,26 @@ class FusedModule(nn.Module):
 
 
 class RecomputedGatedMLP(FusedModule):
-    """``down(act(gate(x)) * up(x))``."""
+    """``down(act(gate(x)) * up(x))``.
+
+    Attributes:
+        int8: the three layers multiply in int8, and what is between the products is fused too.
+    """
 
     operation = "gated MLP"
+    int8 = False
     act_fn: nn.Module
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
 
     def forward(self, x: Tensor) -> Tensor:
         kind = ACTIVATIONS[type(self.act_fn)]
-        gated = _Gated.apply(self.gate_proj(x), self.up_proj(x), kind, self.compiled)
-        y: Tensor = self.down_proj(gated)
+        if self.int8:
+            gate, up, down = (p.matrix for p in (self.gate_proj, self.up_proj, self.down_proj))
+            return int8_gated_mlp(x, gate, up, down, kind)
+        inner = _Gated.apply(self.gate_proj(x), self.up_proj(x), kind, self.compiled)
+        y: Tensor = self.down_proj(inner)
         return y
 
 
@@ -292,6 +292,32 @@ def compile_fused_operations(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedModule):
             module.compiled = True
+
+
+def fuse_int8_layers(model: nn.Module, product: Product) -> None:
+    """Fuse what is between the int8 products of fused modules.
+
+    Args:
+        product: that of all layers concerned: ``int8_matmul`` without a threshold.
+    """
+
+    def joinable(module: nn.Module, names: Sequence[str], *, bias: bool) -> list[FrozenLinear]:
+        layers = [getattr(module, name, None) for name in names]
+        found = [x for x in layers if isinstance(x, FrozenLinear) and x.product is product]
+        return (
+            found
+            if len(found) == len(names) and (bias or all(x.bias is None for x in found))
+            else []
+        )
+
+    for module in model.modules():
+        if isinstance(module, RecomputedGatedMLP):
+            module.int8 = bool(joinable(module, MLP_LAYERS, bias=False))
+        elif isinstance(module, RecomputedRotaryAttention):
+            layers = joinable(module, QKV_LAYERS, bias=True)
+            shared = SharedInput([layer.matrix for layer in layers])
+            for index, layer in enumerate(layers):
+                layer.product = partial(shared.product, index)
 
 
 def fused_counts(model: nn.Module) -> Counter[str]:

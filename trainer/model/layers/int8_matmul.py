@@ -103,7 +103,7 @@ class _Int8Matmul(torch.autograd.Function):
         # Detached: requires_grad is a compilation guard, which would cause a second compilation.
         rows_TK = x_TK.detach()
         if threshold is None:
-            int8_TK, scale_T1 = fused_loop(_quantize, rows_TK)(rows_TK)
+            int8_TK, scale_T1 = fused_loop(quantize, rows_TK)(rows_TK)
         else:
             int8_TK, scale_T1, is_outlier_K = fused_loop(_quantize_inliers, rows_TK)(
                 rows_TK, threshold
@@ -125,9 +125,9 @@ class _Int8Matmul(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         weight_NK, scale_N = ctx.matrix()
-        int8_TN, scale_T1 = fused_loop(_quantize_scaled, dy_TN)(dy_TN, scale_N)
+        int8_TN, scale_T1 = fused_loop(quantize_scaled, dy_TN)(dy_TN, scale_N)
         product_TK = int_product(int8_TN, weight_NK)
-        dx_TK = fused_loop(_scale_rows, product_TK)(product_TK, scale_T1, dy_TN.dtype)
+        dx_TK = fused_loop(scale_rows, product_TK)(product_TK, scale_T1, dy_TN.dtype)
         return dx_TK, None, None
 
 
@@ -159,7 +159,7 @@ def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
 
 
-def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     """int8 rows and their fp32 scales [T, 1]; NaN or infinite values propagate to the scale."""
     x_TK = x_TK.float()
     scale_T1 = x_TK.abs().amax(-1, keepdim=True) / INT8_MAX
@@ -167,17 +167,17 @@ def _quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_inliers(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``_quantize`` with outliers set to zero; also returns which features [K] have outliers."""
+    """``quantize`` with outliers set to zero; also returns which features [K] have outliers."""
     beyond_TK = x_TK.abs() > threshold  # False for NaN, which the scale propagates
-    return *_quantize(torch.where(beyond_TK, 0.0, x_TK)), beyond_TK.any(0)
+    return *quantize(torch.where(beyond_TK, 0.0, x_TK)), beyond_TK.any(0)
 
 
 def _beyond(x_TC: Tensor, threshold: float) -> Tensor:
     return torch.where(x_TC.abs() > threshold, x_TC, 0.0)
 
 
-def _quantize_scaled(dy_TN: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
-    return _quantize(dy_TN.float() * scale_N)
+def quantize_scaled(dy_TN: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize(dy_TN.float() * scale_N)
 
 
 def scale_rows_and_columns(
@@ -187,5 +187,5 @@ def scale_rows_and_columns(
     return (product_TN.float() * scale_T1 * scale_N).to(dtype)
 
 
-def _scale_rows(product_TK: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_rows(product_TK: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
     return (product_TK.float() * scale_T1).to(dtype)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.layers.bitsandbytes_matmul import bitsandbytes_matmul, missing_library
+from trainer.model.layers.fused_ops import fuse_int8_layers
 from trainer.model.layers.int8_matmul import MAX_INNER, Matrix, Product, frozen_matmul, int8_matmul
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
@@ -118,6 +119,8 @@ def use_matmul(model: nn.Module, kind: str, outlier_threshold: float) -> list[st
                 too_wide.append(name)
             else:
                 layer.product = product
+    if kind == "int8":
+        fuse_int8_layers(model, product)
     return too_wide
 
 
