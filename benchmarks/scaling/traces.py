@@ -213,7 +213,7 @@ def rank_program(base: str, out: str) -> None:
             "layers": layers,
             "gathered": engine.gathered_bytes - before[0],
             "exchanged": exchanged,
-            "live_layers": 2 * LIVE_LAYERS,
+            "live_layers": LIVE_LAYERS,
         }
         Path(out).write_text(json.dumps(result))
     engine.close()

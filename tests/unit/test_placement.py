@@ -77,11 +77,11 @@ def test_exchanged_tables_count_at_rest_but_are_never_kept() -> None:
         place(size, "world", 6 * GB, [16], exact=True)
 
 
-def test_limits_grow_with_what_is_kept() -> None:
+def test_limits_are_two_layers_beside_what_is_kept() -> None:
     policy = group("world", 7, [16]).policy
     assert policy["stage3_prefetch_bucket_size"] == GB
     assert policy["stage3_max_reuse_distance"] == 2 * GB
-    assert policy["stage3_max_live_parameters"] == 4 * GB + 625_000_000
+    assert policy["stage3_max_live_parameters"] == 2 * GB
 
 
 def test_a_budget_that_is_too_small_is_refused() -> None:

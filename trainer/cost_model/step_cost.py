@@ -106,7 +106,7 @@ def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int) 
 
 def live_bytes(base: BaseShape) -> int:
     """Bytes of layers that are not kept and may be gathered at a time (``Placement.policy``)."""
-    return 2 * LIVE_LAYERS * max(base.layer_bytes())
+    return LIVE_LAYERS * max(base.layer_bytes())
 
 
 def _logits_bytes(base: BaseShape, sharing: int, batches: Sequence[BatchWork]) -> int:

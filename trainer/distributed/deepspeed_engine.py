@@ -12,9 +12,6 @@ import itertools
 import logging
 import os
 import socket
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -26,26 +23,18 @@ from torch import Tensor, nn
 from trainer.config import RunConfig, parse_bytes
 from trainer.distributed.collectives import Ranks
 from trainer.distributed.placement import AUTO_SHARE, Placement, place
-from trainer.distributed.zero3_sharder import Zero3Sharder, base_size, resident_tensors
+from trainer.distributed.zero3_sharder import (
+    Zero3Sharder,
+    base_size,
+    layers_of,
+    resident_tensors,
+)
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.runtime.errors import PortTaken
-
-
-@contextmanager
-def _import_blocked(library: str) -> Iterator[None]:
-    """Make a library appear not to be installed, unless it is already imported."""
-    if library in sys.modules:
-        yield
-        return
-    sys.modules[library] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[library]
-
+from trainer.runtime.process import hidden
 
 # DeepSpeed's autotuner (0.19.8) imports mlflow if installed: a second and 100 MB per rank.
-with _import_blocked("mlflow"):
+with hidden("mlflow"):
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import parameter_offload, partition_parameters
@@ -183,6 +172,9 @@ class Engine(Ranks):
     ) -> nn.Module:
         """Install ZeRO-3's hooks, which gather and release the parameters of a sharded base.
 
+        A layer is a leaf module of ZeRO-3: its parameters are gathered and released together, and
+        the modules inside it have no hooks.
+
         Args:
             kept_bytes: maximum bytes of gathered parameters that stay here until ``end_step``.
             only_inference: the base is used without gradients. If all of it may stay gathered, it
@@ -212,6 +204,8 @@ class Engine(Ranks):
         return True
 
     def _install_hooks(self, base: nn.Module, policy: dict[str, Any], kept_bytes: int) -> nn.Module:
+        for layer in layers_of(base):
+            deepspeed.utils.set_z3_leaf_module(layer, True)
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
         self._zero, self._traced = engine.optimizer, False
         for parameter in base.parameters():
@@ -223,8 +217,20 @@ class Engine(Ranks):
                 self._kept.append(zero)
         # Returned without the engine's wrapper, which refuses a plain ``loss.backward()``.
         module: nn.Module = engine.module
+        module.register_forward_pre_hook(self._exclude_kept)
         module.register_forward_hook(self._check_trace)
         return module
+
+    def _exclude_kept(self, *_: object) -> None:
+        """Before a forward, exclude kept parameters from DeepSpeed's count of live parameters.
+
+        DeepSpeed has just set the count to 0 and adds parameters as it gathers them. The policy's
+        limit is for the other parameters.
+        """
+        available = partition_parameters.ZeroParamStatus.AVAILABLE
+        to_gather = sum(p.ds_numel for p in self._kept if p.ds_status != available)
+        coordinator = self._zero.get_param_coordinator()
+        coordinator._PartitionedParameterCoordinator__n_available_params -= to_gather
 
     def _check_trace(self, *_: object) -> None:
         """After a forward, note whether DeepSpeed still has the trace of training.

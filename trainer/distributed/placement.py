@@ -16,7 +16,8 @@ from trainer.runtime.errors import BadInput
 AUTO_SHARE = 0.5
 #: Share of free memory that the base may take if that keeps a shard group inside a node.
 NODE_SHARE = 0.8
-#: Layers that are gathered on a rank at the same time: one computed, one prefetched.
+#: Layers that are gathered on a rank at the same time, without kept ones: one computed, one
+#: prefetched. ``Placement.policy`` is the limit, for layers that are gathered as a whole.
 LIVE_LAYERS = 2
 
 
@@ -62,7 +63,7 @@ class Placement:
         return {
             "stage3_prefetch_bucket_size": self.layer_elements,
             "stage3_max_reuse_distance": 2 * self.layer_elements,
-            "stage3_max_live_parameters": self.kept_bytes + 2 * LIVE_LAYERS * self.layer_elements,
+            "stage3_max_live_parameters": LIVE_LAYERS * self.layer_elements,
         }
 
 

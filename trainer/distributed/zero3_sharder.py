@@ -147,6 +147,17 @@ def _shard_size(num_elements: int, ranks: int, unit: int = 1) -> int:
     return -(-num_elements // (ranks * unit)) * unit
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model: members of its outermost lists of modules, which have parameters."""
+    layers: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            layers += [layer for layer in child if any(True for _ in layer.parameters())]
+        else:
+            layers += layers_of(child)
+    return layers
+
+
 def resident_tensors(base: nn.Module) -> Iterator[Tensor]:
     """The tensors of the base that stay on this rank: its shards, scales and other buffers."""
     for parameter in base.parameters():
@@ -185,9 +196,7 @@ def base_size(model: nn.Module, dtype: torch.dtype) -> BaseSize:
     embeddings = [module.weight for module in modules if isinstance(module, FrozenEmbedding)]
     looked_up = [weight for weight in embeddings if weight is not head]
     units = [[p] for p in parameters if all(p is not table for table in (head, *looked_up))]
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            units += [list(layer.parameters()) for layer in module]
+    units += [list(layer.parameters()) for layer in layers_of(model)]
     gathered = [*units, [head]]  # the head is gathered if there are many labels
     return BaseSize(
         total_bytes=sum(map(num_bytes, parameters)),
