@@ -17,7 +17,7 @@ from tests.distributed.equivalence import problem
 from tests.distributed.sharded_base import run_config, shard_base
 from tests.family_bases import errors
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.zero3_sharder import base_bytes
+from trainer.distributed.zero3_sharder import base_bytes, layers_of
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
@@ -58,6 +58,11 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
     module = engine.attach(base, loaded.policy, placement.kept_bytes if kept is None else kept)
     digest = base_digest(base)
     packed_rows, prompts = problem()
+    layers = layers_of(base)
+    parameters = [zero for layer in layers for zero in layer.parameters()]
+    live: list[int] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: live.append(live_elements(parameters)))
     gathered, exchanged = [], []
     for max_tokens in (10_000, 24, 24):  # 24: several packed batches a rank
         before, rows = engine.gathered_bytes, engine.exchanged_bytes
@@ -73,11 +78,17 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
         "bytes_read": loaded.stats.bytes_read,
         "gathered": gathered,
         "exchanged": exchanged,
+        "live_layers": max(live) / sum(p.ds_numel for p in layers[0].parameters()),
         "group": dist.get_process_group_ranks(group),
         "layer_bytes": sum(p.ds_numel * p.ds_tensor.element_size() for p in base.parameters()),
         "table_bytes": base.model.get_output_embeddings().table_bytes,
         "digest_kept": base_digest(base) == digest,
     }
+
+
+def live_elements(parameters: list[Any]) -> int:
+    """Elements that are gathered, or being gathered."""
+    return sum(p.ds_numel for p in parameters if p.ds_status.name != "NOT_AVAILABLE")
 
 
 if __name__ == "__main__":

@@ -53,5 +53,11 @@ def test_kept_parameters_are_gathered_once_per_step(results: dict[str, Any]) -> 
         assert min(rank["lean"]["gathered"]) > 1.9 * rank["world"]["gathered"][0]
 
 
+def test_two_layers_are_gathered_at_a_time(results: dict[str, Any]) -> None:
+    for rank in results["ranks"]:
+        assert 2 <= rank["lean"]["live_layers"] < 2.5  # norms stay; one parameter beyond the limit
+        assert rank["world"]["live_layers"] == 3  # all are kept
+
+
 def test_a_group_that_does_not_divide_the_ranks_is_refused(results: dict[str, Any]) -> None:
     assert "engine.shard_group: 3 does not divide the 4 ranks" in results["refusal"]
