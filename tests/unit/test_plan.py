@@ -8,6 +8,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ from trainer.commands import plan as command
 from trainer.config import Base, load
 from trainer.cost_model import hardware
 from trainer.cost_model.base_headers import open_base_shape
-from trainer.cost_model.hardware import CONTEXT_BYTES, find_device, gpu_named, read_hardware
+from trainer.cost_model.hardware import (
+    CONTEXT_BYTES,
+    cpu_device,
+    find_device,
+    gpu_named,
+    read_hardware,
+)
 from trainer.cost_model.run_needs import needs_of_row_tokens
 from trainer.cost_model.run_plan import RunPlan, plan_run
 from trainer.distributed.zero3_sharder import base_size, expected_base_bytes
 from trainer.model import hub
 from trainer.model.checkpoint_files import open_base
+from trainer.model.cpu_rates import CpuRates
 from trainer.model.meta_model import build_meta_model
 from trainer.reporting.planned import PlanComparison, as_summary
 from trainer.runtime.console import Console
@@ -130,6 +138,23 @@ def test_a_base_that_fits_is_not_sharded(run_file: Path) -> None:
     assert best.cost.gathered_bytes == 0
     # 41% of peak is published for LoRA on this model and GPU: 12,473 tokens per second.
     assert best.useful_tokens_per_second / 16 == pytest.approx(12_473, rel=0.15)
+
+
+def test_int8_products_of_a_cpu_are_faster_where_a_run_uses_them(run_file: Path) -> None:
+    def seconds(*overrides: str, **rates: Any) -> float:
+        config = load(run_file, ["training.tokens_per_step=2048", *overrides])
+        device = replace(cpu_device(2, CpuRates(1e11, None, 2e10, 1e10)), **rates)
+        device = replace(device, memory_bytes=64_000_000_000)
+        base, text, stored = open_base_shape(config.base, device.itemsize)
+        needs = needs_of_row_tokens(config, 512, base, text, stored)
+        return plan_run(needs, device, [2]).options[0].step_seconds
+
+    fast = {"int8_flops": 4e11}
+    exact, other = "base.matmul=dequantize", "base.quantization=none"
+    assert seconds(**fast) < 0.5 * seconds()
+    assert seconds(exact, **fast) == seconds(exact) == seconds()
+    assert seconds(other, **fast) == seconds(other)
+    assert seconds(loop_rate=1e10) > seconds()
 
 
 def test_a_small_gpu_needs_a_larger_shard_group(run_file: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-import time
-from collections.abc import Callable, Mapping
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import psutil
 from pydantic import Field, ValidationError
 
 from trainer.config.types import Number, Section
 from trainer.config.yaml_parser import YamlError, parse
+from trainer.model.cpu_rates import CpuRates
+from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput, did_you_mean
 
 DATA_FILE = Path(__file__).with_name("hardware.yaml")
@@ -29,8 +33,6 @@ CONTEXT_BYTES = 1_500_000_000
 DEFAULT_MEMORY_RATE = 1e12
 #: Bytes per second that a node reads from its file system.
 STORAGE_RATE = 2e9
-#: Size of the matrices, and number of products, by which a CPU is measured.
-_MATRIX, _PRODUCTS = 768, 3
 
 Positive = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 
@@ -77,6 +79,8 @@ class Device:
         itemsize: bytes per element of ``base.dtype: auto``.
         context_bytes: memory that the process takes before the run: CUDA context, kernels, NCCL.
         on_cpu: gathers and products share the cores, so that they do not overlap.
+        int8_flops: reached rate of int8 products, on a CPU that has instructions for them.
+        loop_rate: bytes per second that an element-wise operation reads and writes, on a CPU.
     """
 
     name: str
@@ -89,6 +93,8 @@ class Device:
     itemsize: int = 2
     context_bytes: int = CONTEXT_BYTES
     on_cpu: bool = False
+    int8_flops: float | None = None
+    loop_rate: float = math.inf
 
 
 def read_hardware(extra: Path | None = None) -> Hardware:
@@ -199,34 +205,34 @@ def _device(gpu: Gpu, name: str, hardware: Hardware, dtype: str) -> Device:
 
 
 def this_cpu(ranks: int) -> Device:
-    """Measure this machine: the cores and the memory are divided among its ranks."""
-    import numpy as np  # only where it is needed
-
-    a = np.ones((_MATRIX, _MATRIX), np.float32)
-    block = np.zeros(32 << 20, np.uint8)
-    return cpu_device(
-        ranks, 2 * _MATRIX**3 / fastest(lambda: a @ a) / ranks, block.nbytes / fastest(block.copy)
+    """Measure this machine in another process, which imports torch, and return one of its ranks."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)  # as the launcher sets them
+    done = subprocess.run(
+        bootstrap.command("trainer.model.cpu_rates"),
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    return cpu_device(ranks, CpuRates(**json.loads(done.stdout.splitlines()[-1])))
 
 
-def cpu_device(ranks: int, flops: float, memory_rate: float) -> Device:
-    """Return one of the ranks of this machine.
-
-    Args:
-        flops: rate of matrix products of one rank.
-        memory_rate: bytes per second that all cores copy.
-    """
+def cpu_device(ranks: int, rates: CpuRates) -> Device:
+    """Return one of the ranks of this machine, whose cores and memory are divided among them."""
+    memory_rate = rates.copy_rate / ranks
     return Device(
         f"CPU ({len(os.sched_getaffinity(0))} cores)",
         int(psutil.virtual_memory().available) // ranks,
-        flops,
-        flops,
-        memory_rate / ranks,
-        memory_rate / ranks / 2,  # gloo writes to a socket and reads from it
-        memory_rate / 2,
+        rates.int8_flops or rates.float_flops,
+        rates.float_flops,
+        memory_rate,
+        memory_rate / 2,  # gloo writes to a socket and reads from it
+        rates.copy_rate / 2,
         itemsize=4,
         context_bytes=0,
         on_cpu=True,
+        int8_flops=rates.int8_flops,
+        loop_rate=rates.loop_rate,
     )
 
 
@@ -239,13 +245,3 @@ def gpu_named(hardware: Hardware, reported: str) -> str | None:
         if gpu.reported and set(gpu.reported.lower().split()) <= words
     ]
     return max(matching)[1] if matching else None
-
-
-def fastest(work: Callable[[], Any]) -> float:
-    """Return the seconds of the fastest of a few calls."""
-    seconds = []
-    for _ in range(_PRODUCTS):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)

@@ -24,6 +24,7 @@ from trainer.distributed.placement import (
     sensible_groups,
 )
 from trainer.packing.activation_memory import (
+    INT8_MATMUL_MIN_HIDDEN,
     LEAST_TOKENS,
     LOGITS_COPIES,
     BatchMemory,
@@ -37,6 +38,10 @@ PROMPT_COPIES = 5
 #: C library keeps for reuse, in multiples of the activations (1.1 to 2.6 with 11 small bases).
 #: Recomputed layers are freed at once (``freed_memory.return_freed_memory``).
 CPU_SLACK_BYTES, CPU_FREED = 5_000_000, 1.5
+#: On a CPU: the share of the rate of fp32 products that attention reaches; tensors of hidden size
+#: that element-wise operations of a layer read and write; seconds of a layer's calls; factor
+#: of both if layers are recomputed. Fitted to ``benchmarks.step_time``.
+CPU_ATTENTION_SHARE, CPU_LOOPS, CPU_LAYER_SECONDS, CPU_RECOMPUTED = 0.41, 280, 0.01, 2.0
 #: Copies of a matrix while it is dequantized: converted, and scaled.
 DEQUANTIZED_COPIES = 2
 #: Share of a GPU's memory for activations and gathered layers that fragments.
@@ -240,7 +245,7 @@ def placed_option(
     group, world = placement.group_size, sum(node_sizes)
     cost, useful = _mean_cost(needs, placement, memory, budget, world, device.itemsize)
     parts = option_bytes(needs, device, placement, memory, budget.checkpointing, cost)
-    compute = cost.flops / device.flops
+    compute = compute_seconds(needs, device, cost, budget.checkpointing)
     intra = cost.gathered_bytes / device.link_rate
     inter = cost.gathered_bytes / device.network_rate if group > node_sizes[0] else 0.0
     gather = max(intra, inter)
@@ -273,6 +278,36 @@ def placed_option(
     )
 
 
+def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointing: bool) -> float:
+    """Seconds of a rank's products in a step; on a CPU, also of what is between them."""
+    if not device.on_cpu:
+        return cost.flops / device.flops
+    sizes, settings, stored = needs.sizes, needs.config.base, [*needs.base.weights, needs.base.head]
+    int8 = settings.quantization == "int8" and device.int8_flops is not None
+    if settings.matmul == "auto":
+        int8 = int8 and sizes.hidden >= INT8_MATMUL_MIN_HIDDEN
+    elif settings.matmul == "dequantize":
+        int8 = False
+    rate = device.int8_flops if int8 and device.int8_flops else device.flops
+    head = cost.flops - cost.linear_flops - cost.attention_flops
+    products = cost.linear_flops / rate + head / device.flops
+    attention = cost.attention_flops / (CPU_ATTENTION_SHARE * device.flops)
+    # Weights in another type are converted in forward and in backward.
+    converted = sum(
+        weight.elements * (weight.itemsize + device.itemsize)
+        for weight in stored
+        if weight.itemsize != device.itemsize
+        and weight.used + (weight is needs.base.head)
+        and not (int8 and weight.rows)
+    )
+    looped = device.itemsize * sizes.layers * CPU_LOOPS * sizes.hidden * cost.step_tokens
+    calls = CPU_LAYER_SECONDS * sizes.layers * cost.micro_batches
+    between = looped / device.loop_rate + calls
+    if checkpointing:
+        between *= CPU_RECOMPUTED
+    return products + attention + between + 2 * cost.micro_batches * converted / device.loop_rate
+
+
 def _mean_cost(
     needs: RunNeeds,
     placement: Placement,
@@ -298,6 +333,9 @@ def _mean_cost(
     mean = replace(
         largest,
         flops=sum(cost.flops for cost in costs) / number,
+        linear_flops=sum(cost.linear_flops for cost in costs) / number,
+        attention_flops=sum(cost.attention_flops for cost in costs) / number,
+        step_tokens=sum(cost.step_tokens for cost in costs) // number,
         gathered_bytes=sum(cost.gathered_bytes for cost in costs) // number,
         exchanged_bytes=sum(cost.exchanged_bytes for cost in costs) // number,
         micro_batches=max(cost.micro_batches for cost in costs),

@@ -31,7 +31,9 @@ class StepCost:
     """Cost of one step on the rank that does the most.
 
     Attributes:
-        flops: of matrix products.
+        flops: of matrix products; ``linear_flops`` of them in linear layers, and
+            ``attention_flops`` in attention.
+        step_tokens: of all packed batches of a rank.
         gathered_bytes: received for the base, exchanged rows included.
         exchanged_bytes: embeddings, hidden states sent to the head, or the head itself.
         saved_bytes: from forward to backward of the largest packed batch.
@@ -47,6 +49,9 @@ class StepCost:
     logits_bytes: int
     tokens: int
     micro_batches: int
+    linear_flops: float = 0.0
+    attention_flops: float = 0.0
+    step_tokens: int = 0
 
 
 def step_cost(
@@ -66,21 +71,26 @@ def step_cost(
     largest = max(batches, key=lambda batch: batch.tokens)
     layers = _gathered_layers(base, placement, len(work[0]))
     saved = largest.tokens * replace(memory, margin=1.0).saved(checkpointing)
+    flops = [step_flops(base, memory, rank, checkpointing=checkpointing) for rank in work]
+    linear, attention, head = max(flops, key=sum)
     return StepCost(
-        flops=max(step_flops(base, memory, rank, checkpointing=checkpointing) for rank in work),
+        flops=linear + attention + head,
         gathered_bytes=layers + exchanged,
         exchanged_bytes=exchanged,
         saved_bytes=int(saved),
         logits_bytes=_logits_bytes(base, group if shared else 1, batches),
         tokens=largest.tokens,
         micro_batches=len(work[0]),
+        linear_flops=linear,
+        attention_flops=attention,
+        step_tokens=max(sum(batch.tokens for batch in rank) for rank in work),
     )
 
 
 def step_flops(
     base: BaseShape, memory: BatchMemory, batches: Sequence[BatchWork], *, checkpointing: bool
-) -> float:
-    """FLOPs of one rank's packed batches, forward and backward."""
+) -> tuple[float, float, float]:
+    """FLOPs of one rank's packed batches, forward and backward: linear layers, attention, head."""
     tokens = sum(batch.tokens for batch in batches)
     labels = sum(batch.labels for batch in batches)
     scores = sum(batch.scores for batch in batches)
@@ -89,7 +99,7 @@ def step_flops(
     passes = (1 + checkpointing) * FORWARD_SCORES + BACKWARD_SCORES
     attention = passes * scores * sizes.query_width * sizes.layers
     head = HEAD_PASSES * 2 * base.vocab_size * base.hidden * labels
-    return linear + attention + head
+    return linear, attention, head
 
 
 def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int) -> int:

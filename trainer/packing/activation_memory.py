@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 #: ``gradient_checkpointing: auto`` recomputes layers if packed batches of this many tokens do not
 #: fit otherwise.
 WORTHWHILE_TOKENS = 2048
+#: On CPU: below this hidden size an integer product saves less than quantizing its operands costs.
+INT8_MATMUL_MIN_HIDDEN = 512
 #: Maximum tokens on a CPU, whose caches are small.
 CPU_TOKENS = 1536
 #: Minimum tokens, even if memory is short; a longer row gets a separate packed batch.

@@ -18,7 +18,6 @@ from trainer.cost_model.base_shape import Header
 from trainer.cost_model.hardware import (
     Device,
     cpu_device,
-    fastest,
     find_device,
     gpu_named,
     read_hardware,
@@ -28,6 +27,7 @@ from trainer.cost_model.run_plan import Option, placed_option
 from trainer.data.task_data import TaskData
 from trainer.distributed.model_loading import LoadedBase
 from trainer.model.checkpoint_files import BaseFiles
+from trainer.model.cpu_rates import measure_cpu
 from trainer.reporting.summary import Planned
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
@@ -67,9 +67,7 @@ def plan_of_run(
 
 def _hardware_of(config: RunConfig, device: torch.device, nodes: Sequence[int]) -> Device | None:
     if device.type == "cpu":
-        a, block = torch.ones(512, 512), torch.ones(8 << 20)
-        flops = 2 * len(a) ** 3 / fastest(lambda: a @ a)
-        return cpu_device(nodes[0], flops, block.nbytes / fastest(block.clone))
+        return cpu_device(nodes[0], measure_cpu())
     data = read_hardware()
     name = gpu_named(data, torch.cuda.get_device_name(device))
     if name is None:

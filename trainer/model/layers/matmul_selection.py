@@ -21,12 +21,11 @@ from trainer.model.layers.fused_ops import fuse_int8_layers
 from trainer.model.layers.int8_matmul import MAX_INNER, Matrix, Product, frozen_matmul, int8_matmul
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
+from trainer.packing.activation_memory import INT8_MATMUL_MIN_HIDDEN
 from trainer.runtime.errors import BadInput
 
 #: Result of ``resolve_matmul`` if ``measure`` selects the product.
 MEASURE = "auto"
-#: On CPU: below this hidden size an integer product saves less than quantizing its operands costs.
-INT8_MATMUL_MIN_HIDDEN = 512
 #: Compute capability of the first GPUs whose matrix units multiply int8 (Turing).
 INT8_CAPABILITY = (7, 5)
 #: Maximum relative error of a usable product; int8 with Gaussian matrices has about 0.01.
