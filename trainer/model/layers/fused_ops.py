@@ -303,12 +303,9 @@ def fuse_int8_layers(model: nn.Module, product: Product) -> None:
 
     def joinable(module: nn.Module, names: Sequence[str], *, bias: bool) -> list[FrozenLinear]:
         layers = [getattr(module, name, None) for name in names]
-        found = [x for x in layers if isinstance(x, FrozenLinear) and x.product is product]
-        return (
-            found
-            if len(found) == len(names) and (bias or all(x.bias is None for x in found))
-            else []
-        )
+        linear = [x for x in layers if isinstance(x, FrozenLinear) and x.product is product]
+        allowed = [x for x in linear if bias or x.bias is None]
+        return allowed if len(allowed) == len(names) else []
 
     for module in model.modules():
         if isinstance(module, RecomputedGatedMLP):
