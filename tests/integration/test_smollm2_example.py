@@ -55,7 +55,7 @@ def test_one_command_ends_with_a_table_and_a_repeated_one_skips_what_is_done(
     run_file = Path("work/smollm2.yaml")
     example_commands._write_run_file(run_file)
     text = run_file.read_text()
-    run_file.write_text(text.replace("steps: 36", "steps: 2").replace("every: 36", "every: 2"))
+    run_file.write_text(text.replace("steps: 40", "steps: 2").replace("every: 40", "every: 2"))
 
     first = call()
     for line in ("sentiment (8 validation rows, 3 OOD", "condition (6 validation rows, 2 OOD"):
