@@ -77,6 +77,25 @@ def test_a_gated_mlp_equals_separate_products(act: str, dtype: torch.dtype) -> N
         assert error < (1e-3 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("layer", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_of_an_adapter_change_a_fused_mlp(layer: str, before: bool) -> None:
+    fused = with_int8_layers(LlamaMLP(LlamaConfig(**SIZES)))
+    use_matmul(fused, "int8", 0.0)
+    separate = copy.deepcopy(fused)
+    separate.int8 = False  # type: ignore[assignment]
+    x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    without, _ = run(fused, x)
+    for module in (fused, separate):
+        if before:
+            module.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: inputs[0] * 3)
+        else:
+            module.get_submodule(layer).register_forward_hook(lambda _, __, y: y * 3)
+    actual, expected = run(fused, x), run(separate, x)
+    assert not torch.allclose(actual[0], without, rtol=0.1)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_an_mlp_with_a_bias_or_another_product_is_not_fused() -> None:
     with_bias = with_int8_layers(LlamaMLP(LlamaConfig(**SIZES)), bias=True)
     use_matmul(with_bias, "int8", 0.0)

@@ -188,8 +188,10 @@ class RecomputedGatedMLP(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = ACTIVATIONS[type(self.act_fn)]
-        if self.int8:
-            gate, up, down = (p.matrix for p in (self.gate_proj, self.up_proj, self.down_proj))
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        # Hooks of layers, such as those of a LoRA adapter, are called by the layers only.
+        if self.int8 and not any(p._forward_hooks or p._forward_pre_hooks for p in layers):
+            gate, up, down = (layer.matrix for layer in layers)
             return int8_gated_mlp(x, gate, up, down, kind)
         inner = _Gated.apply(self.gate_proj(x), self.up_proj(x), kind, self.compiled)
         y: Tensor = self.down_proj(inner)
