@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,18 @@ def test_mistakes_are_reported_before_anything_starts(
     assert problem in " ".join(done.stderr.split())
     assert "starting" not in done.stderr
     assert not (folder / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "has_remedy"),
+    [({"text": "fever", "label": "plants"}, True), ({"txt": "fever", "label": "plants"}, False)],
+)
+def test_wrong_targets_name_the_option_that_ignores_them(
+    run: Path, row: dict[str, str], has_remedy: bool
+) -> None:
+    (run.parent / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadInput) as refused:
+        make_plan(options(run, "short"))
+    assert ("--ignore-targets" in str(refused.value)) == has_remedy
+    if has_remedy:
+        make_plan(replace(options(run, "short"), ignore_targets=True))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config import Task
 from trainer.data.ingest import OnRows
 from trainer.inference.input_rows import InputRows, read_rows
 from trainer.inference.saved_run import SavedRun, TrainedPrompt, open_run
@@ -130,20 +131,25 @@ def make_plan(options: Options, on_rows: OnRows | None = None) -> PredictionPlan
             f"--prompt: {clash[0]!r} is also a field of every line; rename the prompt's folder and "
             "its name in run.yaml"
         )
-    rows, problems = {}, []
+
+    def read(task: Task, *, use_targets: bool) -> InputRows:
+        return read_rows(
+            options.data, task, setting="--data", use_targets=use_targets, on_rows=on_rows
+        )
+
+    rows, problems, targets_only = {}, dict[str, None](), True
     for name, task in tasks.items():
         try:
-            rows[name] = read_rows(
-                options.data,
-                task,
-                setting="--data",
-                use_targets=not options.ignore_targets,
-                on_rows=on_rows,
-            )
+            rows[name] = read(task, use_targets=not options.ignore_targets)
         except BadInput as error:
-            problems += error.problems
+            problems |= dict.fromkeys(error.problems)
+            try:
+                read(task, use_targets=False)
+            except BadInput:
+                targets_only = False
     if problems:
-        raise BadInput(dict.fromkeys(problems))
+        remedy = ["only the targets are wrong: add --ignore-targets to predict without them"]
+        raise BadInput([*problems, *(remedy if targets_only else [])])
     return PredictionPlan(run, tuple(prompts), rows)
 
 
