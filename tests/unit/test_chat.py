@@ -115,6 +115,16 @@ def test_the_prompt_of_generation_is_that_of_training():
         encode_request(make_tokenizer("{{ raise_exception('no answers here') }}"), DIALOGUES, "hi")
 
 
+def test_dialogues_that_are_equal_but_not_the_same_to_the_template():
+    """Python's 1 equals True."""
+    template = PLAIN.replace("m.content", "('a ' if m.n is sameas true else 'b ') + m.content")
+    tokenizer = make_tokenizer(template)
+    encode = DialogueEncoder(tokenizer)
+    for n, word in ((1, "b"), (True, "a"), (1, "b")):
+        turns = [{"role": "user", "content": "hi", "n": n}, {"role": "assistant", "content": "c"}]
+        assert words(tokenizer, encode(turns).ids).startswith(f"<s> <user> {word} hi <end>")
+
+
 def test_templates_that_do_not_show_the_turns_are_refused():
     with pytest.raises(ValueError, match="rejects this dialogue: no system turns"):
         DialogueEncoder(make_tokenizer(STRICT))(TURNS)

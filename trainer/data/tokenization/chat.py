@@ -82,7 +82,7 @@ class DialogueEncoder:
         known = [i for i in sorted(end_ids) if i < len(tokenizer)]
         ends = {*tokenizer.convert_ids_to_tokens(known), tokenizer.eos_token}
         self._ends = tuple(sorted(end for end in ends if end))
-        self._last_opening: tuple[Messages, Tools, str] | None = None
+        self._last_opening = "", ""
 
     def opening(self, messages: Messages, tools: Tools = None) -> list[int]:
         """Encode a dialogue with the generation prompt of the assistant at its end."""
@@ -157,10 +157,11 @@ class DialogueEncoder:
 
     def _opening(self, messages: Messages, tools: Tools) -> str:
         """Return a dialogue with the generation prompt; the choices of a row share it."""
-        if self._last_opening is None or self._last_opening[:2] != (messages, tools):
+        key = repr((messages, tools))  # 1 and True are equal, but templates write them differently
+        if self._last_opening[0] != key:
             text = self.template.text(messages, tools, generation_prompt=True)
-            self._last_opening = messages, tools, text
-        return self._last_opening[2]
+            self._last_opening = key, text
+        return self._last_opening[1]
 
     def _turn(self, messages: Messages, tools: Tools, text: str | None) -> LearnedTurn:
         """Find the labels of the last of the messages; ``text``: the dialogue, if known."""
