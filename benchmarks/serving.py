@@ -25,13 +25,13 @@ import torch
 
 from benchmarks.figures import machine
 from trainer.evaluation.stop_criteria import StopCriteria
+from trainer.evaluation.token_sampling import Sampling
 from trainer.inference.engine import open_engine
 from trainer.inference.loaded_base import InferenceBase
 from trainer.inference.opened_base import open_inference_base
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.saved_run import open_run
 from trainer.inference.stream import Limits, StreamingDecoder
-from trainer.inference.stream_sampling import Sampling
 from trainer.inference.stream_text import Piece
 from trainer.runtime.console import Console
 

@@ -14,7 +14,8 @@ from launch.start import start_ranks
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.selection import check_data, selected_run
 from trainer.evaluation.metric_sums import METRICS
-from trainer.runtime.errors import BadInput, did_you_mean
+from trainer.evaluation.pass_at_k import TOP_P, Samples
+from trainer.runtime.errors import BadInput
 
 
 class SelectOn(enum.StrEnum):
@@ -53,7 +54,29 @@ def evaluate(
         option("N", "At most N rows per task, selected by a hash of their content.", min=2),
     ] = None,
     metric: Annotated[
-        str | None, option("NAME", f"One of {', '.join(METRICS)}. [default: the task's]")
+        str | None,
+        option(
+            "NAME",
+            f"One of {', '.join(METRICS)}, or pass@k, such as pass@10: the probability that one of "
+            "k sampled answers passes all tests (Chen et al. 2021). [default: the task's]",
+        ),
+    ] = None,
+    n_samples: Annotated[
+        int | None,
+        option(
+            "N",
+            "With pass@k: answers sampled per row, at least k; more give narrower intervals. "
+            f"[default: {Samples().count}]",
+            min=1,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        option(
+            "T",
+            f"With pass@k: temperature of these answers, sampled with top_p {TOP_P}; 0.2 suits "
+            f"pass@1, 0.8 larger k. [default: {Samples().temperature}]",
+        ),
     ] = None,
     shots: Annotated[
         int | None,
@@ -135,7 +158,8 @@ def evaluate(
     """Compare trained prompts with hand-written ones, examples in context and adapters.
 
     All are scored on the same validation rows: score with 95% interval, difference to the best
-    trained prompt (paired by row: exact McNemar test for rates, else bootstrap), calibration, and
+    trained prompt (paired by row: exact McNemar test for rates, permutation test for pass@k, else
+    bootstrap), calibration, and
     cost per query. Predictions are written to `RUN_DIR/predictions/evaluation` while rows are
     scored; an interrupted evaluation continues there, and a finished one only prints its table.
 
@@ -145,13 +169,9 @@ def evaluate(
     - `promptshard evaluate runs/quickstart --task triage --shots 3 --retrieved 3 --knn 5`
     - `promptshard evaluate runs/quickstart --task triage --data test.jsonl --select-on half`
     - `promptshard evaluate runs/quickstart --robustness`
+    - `promptshard evaluate runs/codegen --metric pass@10 --n-samples 20 --temperature 0.8`
     - `promptshard evaluate runs/quickstart --adapter adapters/lora --json -`
     """
-    if metric is not None and metric not in METRICS:
-        raise BadInput(
-            f"--metric: {metric!r} is not a metric{did_you_mean(metric, METRICS)}; known: "
-            f"{', '.join(METRICS)}"
-        )
     if retriever is Retriever.COSINE and retrieved is None:
         raise BadInput("--retriever: is used with --retrieved K only; add it")
     preflight.check_result(run_dir)
@@ -164,6 +184,8 @@ def evaluate(
         data,
         rows,
         metric,
+        n_samples,
+        temperature,
         tuple(adapter or ()),
         force=force,
         shots=shots,

@@ -179,7 +179,7 @@ def test_generation_batches_stay_within_the_token_budget(monkeypatch):
     """One at least; how many makes no difference to what is written."""
     sizes: list[int] = []
 
-    def decode(engine, base, ending, rows, prompt, limit, prompt_at):
+    def decode(engine, base, ending, rows, prompt, limit, prompt_at, texts):
         sizes.append(len(rows))
         return [[sum(row)] for row in rows]
 

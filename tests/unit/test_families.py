@@ -35,8 +35,8 @@ from tests.family_bases import (
 )
 from tests.soft_prompts import soft_prompts
 from trainer.config import Base
+from trainer.evaluation.token_sampling import Sampling, ScoredToken
 from trainer.inference.stream_batch import DecodingBatch, Join
-from trainer.inference.stream_sampling import Sampling, ScoredToken
 from trainer.model.attention.padded import pad_rows
 from trainer.model.checkpoint_files import open_base
 from trainer.model.decode_step import DecodeStep

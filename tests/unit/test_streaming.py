@@ -19,10 +19,10 @@ from tests.thread_ranks import on_thread_ranks
 from trainer.config import Base
 from trainer.evaluation.generation import generate
 from trainer.evaluation.stop_criteria import StopCriteria
+from trainer.evaluation.token_sampling import Sampling
 from trainer.inference import stream_schedule
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream import Busy, Limits, StreamingDecoder
-from trainer.inference.stream_sampling import Sampling
 from trainer.inference.stream_text import Piece, TextPieces
 from trainer.model.checkpoint_files import open_base
 from trainer.prompts.soft_prompt import VirtualTokens

@@ -22,9 +22,11 @@ from trainer.distributed.prefetch import prefetched, prepare_batch
 from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.generation import Generated, generate
+from trainer.evaluation.pass_at_k import TOP_P, Samples
 from trainer.evaluation.scoring import Request, Scored, candidate_rows, distilled_rows
 from trainer.evaluation.statistics import ratio_scores
 from trainer.evaluation.stop_criteria import StopCriteria
+from trainer.evaluation.token_sampling import Sampling
 from trainer.model.prompted_model import PromptedBase, read_teacher
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.packed_batch import PackedBatch
@@ -120,6 +122,7 @@ class Evaluator:
         for request in {request.key: request for request in requests}.values():
             if request.by_labels:
                 passes = 1 if request.rows.task.scored_by_likelihood else 2
+                passes += request.samples.count - 1 if request.samples else 0
                 texts += passes * len(request.rows.candidates)
         return texts + sum(len(r.rows.candidates) for r in requests if r.teacher is not None)
 
@@ -247,7 +250,11 @@ class Evaluator:
         if task.metric in ("accuracy", "loss"):
             return Scored(result, nll_RC, nll_R)
         prompt = None if request.prompt is None else virtual_tokens[request.prompt]
-        generated = self._generated(rows, prompt)
+        generated = (
+            self._sampled(rows, prompt, request.samples)
+            if request.samples
+            else self._generated(rows, prompt)
+        )
         return replace(generated, scores=result | generated.scores, nll_RC=nll_RC, nll_R=nll_R)
 
     def _generated(self, rows: EvalSet, prompt: SoftPrompt | None) -> Scored:
@@ -260,21 +267,46 @@ class Evaluator:
         generated = self.generate_targets(rows, prompt)
         code = task.metric == "execution"
         texts = [stop.text(text.ids, skip_special_tokens=code) for text in generated]
-        examples = rows.correct_examples
-        targets = [stop.target(e.input_ids[slice(*e.last_target)]) for e in examples]
+        targets = self._targets(rows)
         scores, correct = self._text_scores(rows, texts, targets)
         return Scored(scores, texts_R=texts, targets_R=targets, correct_R=correct)
+
+    def _sampled(self, rows: EvalSet, prompt: SoftPrompt | None, samples: Samples) -> Scored:
+        """Sample several answers of every row, and run them on its tests."""
+        samplings = [
+            [
+                Sampling(samples.temperature, TOP_P, samples.seed(row, number))
+                for number in range(samples.count)
+            ]
+            for row in rows.row_numbers
+        ]
+        stop = self.stop_criteria(rows.task)
+        generated = iter(self.generate_targets(rows, prompt, samplings=samplings))
+        texts_R = [
+            [stop.text(next(generated).ids, skip_special_tokens=True) for _ in own]
+            for own in samplings
+        ]
+        # Equal answers of a row are run once.
+        distinct = [(i, text) for i, own in enumerate(texts_R) for text in dict.fromkeys(own)]
+        passed = dict(zip(distinct, self._passed(rows, distinct), strict=True))
+        return Scored(
+            {},
+            targets_R=self._targets(rows),
+            samples_R=[[(text, passed[i, text]) for text in own] for i, own in enumerate(texts_R)],
+        )
 
     def generate_targets(
         self,
         rows: EvalSet,
         prompt: SoftPrompt | None,
         advance: Callable[[float], None] | None = None,
+        samplings: Sequence[Sequence[Sampling]] = (),
     ) -> list[Generated]:
         """Generate the target of every row (of a dialogue: the last answer); a collective.
 
         Args:
             advance: as in ``score``; None: that of the current ``score``.
+            samplings: as in ``generate``.
 
         Raises:
             Stopped: as ``score``.
@@ -292,11 +324,31 @@ class Evaluator:
             between_batches=self._between_batches,
             max_tokens=GENERATION_BATCHES * self.budget.tokens,
             prompt_at=[example.prompt_at for example in examples],
+            samplings=samplings,
         )
 
     def stop_criteria(self, task: Task) -> StopCriteria:
         """Return the ends of texts that are generated for a task."""
         return StopCriteria.of(self.base.model.generation_config, self.tokenizer, task)
+
+    def _targets(self, rows: EvalSet) -> list[str]:
+        """Text of every row's target, decoded as generated text is."""
+        stop = self.stop_criteria(rows.task)
+        return [stop.target(e.input_ids[slice(*e.last_target)]) for e in rows.correct_examples]
+
+    def _passed(self, rows: EvalSet, texts: Sequence[tuple[int, str]]) -> list[bool]:
+        """Whether generated code passes all tests of its row; rank 0 runs it.
+
+        Args:
+            texts: each with the index of its row in the set.
+        """
+        passed: list[float] = []
+        if self.engine.is_main:
+            tests = [rows.rows[row[0].row][rows.task.tests] for row in rows.candidates]
+            passed = metrics.execution(
+                [text for _, text in texts], [tests[row] for row, _ in texts]
+            )
+        return [score == 1.0 for score in self.engine.broadcast(passed)]
 
     def _text_scores(
         self, rows: EvalSet, texts: Sequence[str], targets: Sequence[str]
@@ -304,12 +356,8 @@ class Evaluator:
         """Return metrics of generated texts, and which are correct. Rank 0 runs generated code."""
         task = rows.task
         if task.metric == "execution":
-            passed: list[float] = []
-            if self.engine.is_main:
-                values = (rows.rows[candidates[0].row] for candidates in rows.candidates)
-                passed = metrics.execution(texts, [value[task.tests] for value in values])
-            passed = self.engine.broadcast(passed)
-            return {"execution": sum(passed) / len(passed)}, [score == 1.0 for score in passed]
+            passed = self._passed(rows, list(enumerate(texts)))
+            return {"execution": sum(passed) / len(passed)}, passed
         if task.multi_label:
             predicted = [split_labels(text, task) for text in texts]
             gold = [split_labels(text, task) for text in targets]

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from trainer.config import Task
 from trainer.evaluation.bootstrap import bootstrap
+from trainer.evaluation.pass_at_k import PASS_AT_K, k_of, pass_at_k
 from trainer.evaluation.prediction_files import outcomes
 from trainer.evaluation.statistics import (
     POWER_80,
     RATES,
     Difference,
+    effective_rows,
     independent_difference,
+    paired_fractions,
     paired_rates,
     wilson_interval,
 )
@@ -30,6 +33,7 @@ Values = NDArray[np.float64]
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 #: Metrics of generated text, each with the package that computes it.
 TEXT_METRICS = {"rouge_l": "rouge-score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+#: ``pass@k`` stands beside these, with a number for k.
 METRICS = (
     "accuracy",
     "macro_f1",
@@ -77,8 +81,9 @@ def metric_problem(metric: str, task: Task) -> str | None:
         "f1": "compares sets of labels; it needs multi_label: true",
         "execution": "needs a task with metric: execution, whose rows have tests",
     }
-    usable = [name for name in METRICS if _suits(name, task)]
-    reason = needs.get(metric, "compares generated text with a target text")
+    usable = [name for name in (*METRICS, PASS_AT_K) if _suits(name, task)]
+    key = metric if k_of(metric) is None else "execution"
+    reason = needs.get(key, "compares generated text with a target text")
     return f"{metric} {reason}; use {', '.join(usable[:-1])} or {usable[-1]}"
 
 
@@ -97,7 +102,7 @@ def _suits(metric: str, task: Task) -> bool:
         return task.scored_by_likelihood
     if metric == "f1":
         return task.multi_label
-    if metric == "execution":
+    if metric in ("execution", PASS_AT_K) or k_of(metric) is not None:
         return task.metric == "execution"
     if metric == "exact_match" or metric in TEXT_METRICS:
         has_text = task.tokens is None and bool(task.target or task.messages)
@@ -110,6 +115,8 @@ def scored_as(metric: str, task: Task) -> str:
     """Return the setting ``tasks.metric`` with which the evaluator makes the needed predictions."""
     if metric in ("exact_match", "f1", "execution"):
         return metric
+    if k_of(metric) is not None:
+        return "execution"
     if metric in TEXT_METRICS:
         return "exact_match"  # generates the text of every row
     return "accuracy" if task.scored_by_likelihood else "loss"
@@ -122,6 +129,10 @@ def row_sums(metric: str, task: Task, records: Sequence[Mapping[str, Any]]) -> R
     if metric in TEXT_METRICS:
         texts = [(str(r.get("prediction", "")), str(r.get("target", ""))) for r in records]
         return _text_sums(metric, texts)
+    if (k := k_of(metric)) is not None:
+        passed = [record.get("passed") or [] for record in records]
+        values = [pass_at_k(len(own), sum(own), k) if own else np.nan for own in passed]
+        return RowSums(np.stack([np.asarray(values), np.ones(len(values))], axis=1), _ratio)
     terms = outcomes(records, "loss" if metric == "perplexity" else metric)
     if terms is None:
         return RowSums(np.full((len(records), 2), np.nan), _ratio)
@@ -131,16 +142,23 @@ def row_sums(metric: str, task: Task, records: Sequence[Mapping[str, Any]]) -> R
 
 
 def score_interval(metric: str, sums: RowSums) -> tuple[float, float]:
-    """95% interval of a score: Wilson for rates, else bootstrap over rows."""
+    """95% interval of a score: Wilson for rates and pass@k, else bootstrap over rows."""
     if metric in RATES:
         return wilson_interval(sums.score, len(sums.values_RC))
+    if k_of(metric) is not None:
+        return wilson_interval(sums.score, effective_rows(sums.values_RC[:, 0]))
     return bootstrap(sums.scores_of, len(sums.values_RC)).interval
 
 
 def paired_difference(metric: str, first: RowSums, second: RowSums) -> Difference:
-    """Compare two scores on the same rows: exact McNemar for rates, else paired bootstrap."""
+    """Compare two scores on the same rows.
+
+    Exact McNemar test for rates, paired permutation test for pass@k, else paired bootstrap.
+    """
     if metric in RATES:
         return paired_rates(first.values_RC[:, 0] == 1, second.values_RC[:, 0] == 1)
+    if k_of(metric) is not None:
+        return paired_fractions(first.values_RC[:, 0], second.values_RC[:, 0])
     result = bootstrap(
         lambda index: first.scores_of(index) - second.scores_of(index), len(first.values_RC)
     )

@@ -115,6 +115,10 @@ def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
         if task.multi_label:
             columns |= _label_columns(scored.texts_R, scored.targets_R, task)
         columns["correct"] = scored.correct_R or []
+    if scored.samples_R is not None:
+        columns["target"] = scored.targets_R or []
+        columns["predictions"] = [[_cut(text) for text, _ in own] for own in scored.samples_R]
+        columns["passed"] = [[passed for _, passed in own] for own in scored.samples_R]
     if scored.teacher_R2 is not None:
         divergence_R, agreement_R = scored.teacher_R2.T.tolist()
         columns["loss"], columns["agreement"] = _finite(divergence_R), _finite(agreement_R)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainer.data.task_data import EvalSet
 from trainer.data.teacher import Teacher
+from trainer.evaluation.pass_at_k import Samples
 from trainer.packing.packed_row import PackedRow
 from trainer.packing.planning import portions
 
@@ -20,11 +21,13 @@ class Request:
     Attributes:
         prompt: index of the prompt; None: the base model alone.
         teacher: compare the prompt's distributions with this teacher's.
+        samples: with metric ``execution``: sample several answers per row; None: one greedy answer.
     """
 
     rows: EvalSet
     prompt: int | None
     teacher: Teacher | None = None
+    samples: Samples | None = None
 
     @property
     def is_baseline(self) -> bool:
@@ -37,9 +40,9 @@ class Request:
         return self.teacher is None or self.rows.task.metric != "loss"
 
     @property
-    def key(self) -> tuple[int, int | None, bool]:
+    def key(self) -> tuple[int, int | None, bool, Samples | None]:
         """Equal for requests with the same scores: the teacher adds further scores."""
-        return id(self.rows), self.prompt, self.by_labels
+        return id(self.rows), self.prompt, self.by_labels, self.samples
 
     @property
     def num_candidates(self) -> int:
@@ -67,7 +70,9 @@ class Scored:
         texts_R: generated text of every row; None if nothing is generated.
         targets_R: text of every row's target, decoded in the same way as the generated text.
         correct_R: whether the generated text of a row is correct by the task's metric; for sets of
-            labels, whether the set is equal.
+            labels, whether the set is equal. None if several answers are sampled.
+        samples_R: sampled answers of every row, each with whether it passes the row's tests; None
+            if none are sampled.
         teacher_R2: divergence from the teacher in nats and number of positions with the same most
             likely token, both summed over the labels of every row; None without a teacher.
     """
@@ -78,6 +83,7 @@ class Scored:
     texts_R: list[str] | None = None
     targets_R: list[str] | None = None
     correct_R: list[bool] | None = None
+    samples_R: list[list[tuple[str, bool]]] | None = None
     teacher_R2: Tensor | None = None
 
     @property

@@ -20,6 +20,8 @@ Z80 = 0.8416212335729143
 SIGNIFICANCE = 0.05
 #: A test at this level detects a difference of this many standard errors with 80% power.
 POWER_80 = Z95 + Z80
+#: Sign patterns that the permutation test of paired fractions draws, and values of one batch.
+PERMUTATIONS, PERMUTED_VALUES = 9999, 4_000_000
 #: Rows that must differ, all in one direction, before the exact McNemar test is significant.
 FEWEST_DISCORDANT = 6
 #: Expected number of rows that differ at which that test is significant with 80% power (Poisson).
@@ -70,7 +72,7 @@ def macro_f1(predicted_R: Sequence[int], gold_R: Sequence[int]) -> tuple[float, 
     return float(np.mean(values)), _error_of_mean(influence_R)
 
 
-def wilson_interval(rate: float, rows: int) -> tuple[float, float]:
+def wilson_interval(rate: float, rows: float) -> tuple[float, float]:
     """95% score interval of a rate over ``rows`` rows.
 
     Source: E. B. Wilson, Probable Inference, JASA 22 (1927).
@@ -78,6 +80,18 @@ def wilson_interval(rate: float, rows: int) -> tuple[float, float]:
     z2 = Z95**2 / rows
     center, half = rate + z2 / 2, Z95 * math.sqrt((rate * (1 - rate) + z2 / 4) / rows)
     return max(0.0, (center - half) / (1 + z2)), min(1.0, (center + half) / (1 + z2))
+
+
+def effective_rows(values_R: ArrayLike) -> float:
+    """Number of rows whose rate would have the variance of the mean of values from 0 to 1.
+
+    For values that are 0 or 1 it is the number of rows, for all others more. Variances are those
+    with one more row of 0 and one of 1, as in ``rate_standard_error``, so that equal values do not
+    count as certain.
+    """
+    values = np.append(np.asarray(values_R, float), [0.0, 1.0])
+    mean = values.mean()
+    return float((len(values) - 2) * mean * (1 - mean) / values.var())
 
 
 def normal_interval(mean: float, standard_error: float) -> tuple[float, float]:
@@ -137,6 +151,47 @@ def paired_rates(first_R: Sequence[bool], second_R: Sequence[bool]) -> Differenc
         p_value,
         max(FEWEST_DISCORDANT / rows, min(1.0, DISCORDANT_80 / rows), POWER_80 * error),
         "McNemar exact",
+    )
+
+
+def paired_fractions(first_R: ArrayLike, second_R: ArrayLike) -> Difference:
+    """Compare two means of values from 0 to 1, such as pass@k, by a permutation test.
+
+    The test exchanges both values of a row (R. A. Fisher, The Design of Experiments, 1935, section
+    21). For values that are 0 or 1 it is the exact McNemar test, and the interval is that of
+    Agresti and Min, with squared differences in place of the number of rows that differ. The
+    result excludes 0 only if the test is significant.
+    """
+    from scipy.stats import permutation_test
+
+    difference_R = np.asarray(first_R, float) - np.asarray(second_R, float)
+    rows, total = len(difference_R), float(difference_R.sum())
+    center = total / (rows + 2)
+    error = math.sqrt(float((difference_R**2).sum()) + 1 - total * center) / (rows + 2)
+    low, high = normal_interval(center, error)
+    differing = difference_R[difference_R != 0]
+    p_value = 1.0
+    if len(differing) > 1:
+        # Exact if there are at most as many sign patterns as resamples.
+        result = permutation_test(
+            (differing, np.zeros_like(differing)),
+            lambda first, second, axis: (first - second).sum(axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=PERMUTATIONS,
+            batch=max(1, PERMUTED_VALUES // len(differing)),
+            random_state=np.random.default_rng(0),
+        )
+        p_value = float(result.pvalue)
+    if p_value >= SIGNIFICANCE:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Difference(
+        total / rows,
+        max(-1.0, low),
+        min(1.0, high),
+        p_value,
+        POWER_80 * error,
+        "paired permutation",
     )
 
 

@@ -10,7 +10,8 @@
 5. ``stream.StreamingDecoder``: ``GenerationRequest`` and ``Sampling`` -> ``Piece`` after ``Piece``,
    with continuous batching: requests with different prompts join and leave one running batch.
    ``stream_schedule`` decides which rank decodes a request, ``stream_batch`` holds the rows of one
-   rank, ``stream_sampling`` chooses tokens, ``stream_text`` turns them into pieces of text.
+   rank, ``evaluation.token_sampling`` chooses tokens, ``stream_text`` turns them into pieces of
+   text.
 
 All methods of ``InferenceBase`` that run the base are collectives: every rank calls them with the
 same arguments and receives the same results.

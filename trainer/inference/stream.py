@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from trainer.distributed.collectives import Ranks
+from trainer.evaluation.token_sampling import Sampling, ScoredToken
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream_batch import DecodingBatch, Join
-from trainer.inference.stream_sampling import Sampling, ScoredToken
 from trainer.inference.stream_schedule import Limits, Schedule
 from trainer.inference.stream_text import FinishReason, Piece, TextPieces
 from trainer.model.prompted_model import PromptedBase

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.inference.stream_sampling import Sampling, ScoredToken, TokenChooser
+from trainer.evaluation.token_sampling import Sampling, ScoredToken, TokenChooser
 from trainer.model.attention.batch_cache import BatchCache
 from trainer.model.decode_step import DecodeStep
 from trainer.model.prompted_model import PromptedBase

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from trainer.evaluation.token_sampling import Sampling
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream_batch import Join
-from trainer.inference.stream_sampling import Sampling
 
 #: Maximum tokens of the rows that one forward pass reads, padding included. Running rows wait
 #: during this pass.

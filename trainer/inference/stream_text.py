@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.evaluation.stop_criteria import StopCriteria
-from trainer.inference.stream_sampling import ScoredToken
+from trainer.evaluation.token_sampling import ScoredToken
 
 #: ``stop``: an end token or a stop string; ``length``: the limit of tokens; ``cancelled``: by the
 #: caller, or because the decoder was closed; ``failed``: decoding raised an error.

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.evaluation.lint.results import Effect
 from trainer.evaluation.metric_sums import LOWER_IS_BETTER
+from trainer.evaluation.pass_at_k import k_of
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
@@ -93,6 +94,7 @@ class TaskEvaluation(_Model):
         best: the best trained prompt.
         selected_on: rows on which the best of several prompts and texts was chosen: ``all`` (also
             those that are reported) or ``half`` (others than those that are reported).
+        n_samples, temperature: of pass@k: sampled answers per row, and how.
     """
 
     rows: int
@@ -101,6 +103,8 @@ class TaskEvaluation(_Model):
     best: str | None
     best_hand_written: str | None = None
     selected_on: str = "all"
+    n_samples: int | None = None
+    temperature: float | None = None
     arms: list[ArmResult]
     robustness: list[ChangeResult] = []
 
@@ -182,6 +186,12 @@ def by_rank(task: TaskEvaluation, top: int) -> tuple[list[ArmResult], list[ArmRe
 def remarks(task: TaskEvaluation) -> list[str]:
     """Return how to read the table of a task, in sentences."""
     lines = []
+    if task.n_samples is not None:
+        lines.append(
+            f"{task.metric}: the probability that at least one of {k_of(task.metric)} answers "
+            f"passes all tests of its row, estimated from {task.n_samples} answers per row at "
+            f"temperature {task.temperature:g}."
+        )
     prompts = [arm for arm in task.arms if arm.kind == "prompt"]
     texts = [arm for arm in task.arms if arm.kind == "hand_written"]
     if task.best is not None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from trainer.api import base_digests
 from trainer.commands.chat.messages import Channel, Question, Reply
+from trainer.evaluation.token_sampling import Sampling
 from trainer.inference.engine import open_engine
 from trainer.inference.loaded_base import InferenceBase
 from trainer.inference.opened_base import open_inference_base
 from trainer.inference.requests import GenerationRequest, TooLong
 from trainer.inference.saved_run import open_run
 from trainer.inference.stream import Stream, StreamingDecoder
-from trainer.inference.stream_sampling import Sampling
 from trainer.inference.stream_text import Piece
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput

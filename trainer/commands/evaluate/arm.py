@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.data.task_data import EvalSet
+from trainer.evaluation.pass_at_k import TOP_P, Samples
 
 #: Kinds of arms, in the order of the table.
 KINDS = (
@@ -80,6 +81,7 @@ class Arm:
         neighbors: of kNN prompting; None for other arms.
         change: how the rows differ from the validation rows; None if they do not.
         numbers: index of every row in its split.
+        samples: how several answers per row are sampled; None: one greedy answer.
     """
 
     task: str
@@ -97,6 +99,7 @@ class Arm:
     neighbors: Neighbors | None = None
     change: str | None = None
     numbers: Sequence[int] = ()
+    samples: Samples | None = None
 
     def digest(self, base: str, prompts: Sequence[str], adapters: Sequence[str]) -> str:
         """Digest of everything that the predictions depend on.
@@ -107,7 +110,7 @@ class Arm:
         """
         digest = hashlib.sha256(base.encode())
         task = self.rows.task
-        settings = {
+        settings: dict[str, object] = {
             "metric": task.metric,
             "choices": task.choices,
             "multi_label": [task.multi_label, task.label_separator],
@@ -117,6 +120,9 @@ class Arm:
             "neighbors": None if self.neighbors is None else self.neighbors.digest(),
             "gold": self.rows.gold,
         }
+        if self.samples is not None:
+            sampled = self.samples.count, self.samples.temperature, TOP_P, self.rows.row_numbers
+            settings["samples"] = sampled
         digest.update(json.dumps(settings).encode())
         for row in self.rows.candidates:
             for example in row:

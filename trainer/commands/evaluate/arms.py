@@ -90,7 +90,11 @@ class ArmBuilder:
             ]
         arms += self._adapters()
         names, numbers = _unique(arms), rows.row_numbers
-        arms = [replace(a, name=name, numbers=numbers) for a, name in zip(arms, names, strict=True)]
+        samples = self.options.samples
+        arms = [
+            replace(arm, name=name, numbers=numbers, samples=samples)
+            for arm, name in zip(arms, names, strict=True)
+        ]
         if self.options.robustness:
             arms += self._changed(arms)
         return arms

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.evaluation.metric_sums import METRICS
+from trainer.evaluation.pass_at_k import Samples, k_of
 
 #: ``--select-on``: rows on which the best prompt is chosen.
 SELECT_ON = ("all", "half")
@@ -24,7 +24,8 @@ class Options:
         tasks, prompts: names; empty: all.
         data: file of rows in place of the task's validation rows.
         rows: maximum number of rows of a task, those with the smallest content hash.
-        metric: None: the task's own.
+        metric: one of ``METRICS``, with a number for k; None: the task's own.
+        n_samples, temperature: of the answers that pass@k is estimated from; None: the default.
         adapters: folders of PEFT adapters.
         force: evaluate adapters of another base.
         shots, retrieved: number of examples in context; None: no such arm.
@@ -42,6 +43,8 @@ class Options:
     data: str | None = None
     rows: int | None = None
     metric: str | None = None
+    n_samples: int | None = None
+    temperature: float | None = None
     adapters: tuple[str, ...] = ()
     force: bool = False
     shots: int | None = None
@@ -52,6 +55,17 @@ class Options:
     robustness: bool = False
     json: str | None = None
     fresh: bool = False
+
+    @property
+    def samples(self) -> Samples | None:
+        """How answers are sampled for pass@k; None for another metric."""
+        if self.metric is None or k_of(self.metric) is None:
+            return None
+        default = Samples()
+        return Samples(
+            default.count if self.n_samples is None else self.n_samples,
+            default.temperature if self.temperature is None else self.temperature,
+        )
 
     @property
     def compares_states(self) -> bool:
@@ -83,7 +97,9 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--adapter", dest="adapters", metavar="DIR", **repeated)
     parser.add_argument("--data", metavar="FILE", help="rows in place of the validation rows")
     parser.add_argument("--rows", type=int, metavar="N", help="maximum rows of a task")
-    parser.add_argument("--metric", choices=METRICS)
+    parser.add_argument("--metric", metavar="NAME")
+    parser.add_argument("--n-samples", type=int, metavar="N", help="answers per row for pass@k")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of these answers")
     parser.add_argument("--shots", type=int, metavar="K", help="fixed examples in context")
     parser.add_argument("--retrieved", type=int, metavar="K", help="retrieved examples")
     parser.add_argument("--retriever", choices=RETRIEVERS, default="bm25")

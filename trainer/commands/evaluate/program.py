@@ -24,6 +24,7 @@ from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.model_loading import open_base_on_all
+from trainer.evaluation.metric_sums import scored_as
 from trainer.evaluation.metrics import check_sandbox
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles
@@ -84,9 +85,9 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
 def _warn(
     engine: Engine, options: Options, tasks: Mapping[str, TaskData], console: Console
 ) -> None:
-    metrics = [options.metric or data.task.metric for data in tasks.values()]
+    scored = [scored_as(options.metric or data.task.metric, data.task) for data in tasks.values()]
     warnings = [warning for data in tasks.values() for warning in data.warnings]
-    if "execution" in metrics and (unsafe := engine.run_on_main(check_sandbox)):
+    if "execution" in scored and (unsafe := engine.run_on_main(check_sandbox)):
         warnings.append(unsafe)
     for warning in warnings:
         console.warn(warning)

@@ -51,6 +51,7 @@ class TaskResults:
 
     def evaluation(self) -> TaskEvaluation:
         best, text = self.best("prompt"), self.best("hand_written")
+        samples = self.arms[0].samples
         costs = {arm.name: query_cost(arm, self.base) for arm in self.compared}
         training = training_flops(self.summary, self.base)
         differences = {arm.name: self._difference(arm, best) for arm in self.compared}
@@ -67,6 +68,8 @@ class TaskResults:
             best=None if best is None else best.name,
             best_hand_written=None if text is None else text.name,
             selected_on=self.select_on,
+            n_samples=None if samples is None else samples.count,
+            temperature=None if samples is None else samples.temperature,
             arms=arms,
             robustness=[self._change(arm) for arm in self.arms if arm.change is not None],
         )

@@ -73,7 +73,7 @@ class ArmScorer:
         """Number of texts that ``score`` reads."""
         missing = [(arm, range(done[arm.name], len(arm.numbers))) for arm in arms]
         requests = [
-            Request(arm.rows.subset(rows), arm.prompt)
+            Request(arm.rows.subset(rows), arm.prompt, samples=arm.samples)
             for arm, rows in missing
             if rows and arm.neighbors is None
         ]
@@ -124,7 +124,9 @@ class ArmScorer:
         advance: Callable[[float], None],
         adapter: int,
     ) -> None:
-        requests = [Request(arm.rows.subset(rows), arm.prompt) for arm, rows in due]
+        requests = [
+            Request(arm.rows.subset(rows), arm.prompt, samples=arm.samples) for arm, rows in due
+        ]
         with self._adapted(adapter):
             results = self.evaluator.score(requests, self.prompts, advance)
         if self.store is None:

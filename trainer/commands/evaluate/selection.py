@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from trainer.commands.evaluate.options import Options
 from trainer.config import DataSource, Prompt, RunConfig, Task, load_output, split_template
 from trainer.data.splits import check_rows
-from trainer.evaluation.metric_sums import metric_problem, package_problem
+from trainer.evaluation.metric_sums import METRICS, metric_problem, package_problem
+from trainer.evaluation.pass_at_k import PASS_AT_K, k_of
 from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter, read_adapter
 from trainer.prompts.saved_prompts import SEGMENT, WEIGHTS
 from trainer.runtime.errors import BadInput, did_you_mean
+
+#: Temperatures at which answers are sampled; near 0 all of them would be equal.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ def selected_run(options: Options) -> SelectedRun:
     folder = options.run_dir
     config = load_output(folder)
     problems = [
+        *_metric_options(options),
         *_unknown("--task", options.tasks, [task.name for task in config.tasks], str(folder)),
         *_unknown("--prompt", options.prompts, [p.name for p in config.prompts], str(folder)),
     ]
@@ -153,6 +158,43 @@ def _problems(options: Options, tasks: Sequence[Task]) -> list[str]:
             )
     if missing := package_problem(options.metric or ""):
         problems.append(f"--metric: {missing}")
+    return problems
+
+
+def _metric_options(options: Options) -> list[str]:
+    """Return the problems of ``--metric`` and of the options for pass@k alone."""
+    problems, metric = [], options.metric
+    k = None if metric is None else k_of(metric)
+    if metric is not None and k is None and metric not in METRICS:
+        hint = (
+            "; write a positive number for k, such as pass@10"
+            if metric.startswith("pass")
+            else did_you_mean(metric, METRICS)
+        )
+        problems.append(
+            f"--metric: {metric!r} is not a metric{hint}; known: {', '.join((*METRICS, PASS_AT_K))}"
+        )
+    for name in ("n_samples", "temperature"):
+        if k is None and getattr(options, name) is not None:
+            problems.append(
+                f"--{name.replace('_', '-')}: is used with --metric {PASS_AT_K} only, such as "
+                "pass@10; add it"
+            )
+    samples = options.samples
+    if k is None or samples is None:
+        return problems
+    if samples.count < k:
+        given = "the default" if options.n_samples is None else "given"
+        problems.append(
+            f"--n-samples: {samples.count} answers per row ({given}) are fewer than the {k} of "
+            f"--metric {metric}; raise it to {k} or more"
+        )
+    if not MIN_TEMPERATURE <= samples.temperature <= MAX_TEMPERATURE:
+        problems.append(
+            f"--temperature: {samples.temperature:g} is not from {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:g}; 0.2 suits pass@1, 0.8 larger k. For the one most probable "
+            "answer, use --metric execution"
+        )
     return problems
 
 

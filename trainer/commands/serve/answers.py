@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from trainer.inference.stream_sampling import ScoredToken
+from trainer.evaluation.token_sampling import ScoredToken
 from trainer.inference.stream_text import Piece
 
 #: In place of minus infinity, which JSON does not have.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from trainer.inference.stream_sampling import Sampling
+from trainer.evaluation.token_sampling import Sampling
 
 MAX_CHOICES = 128
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256

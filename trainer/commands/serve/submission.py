@@ -12,9 +12,9 @@ from fastapi import Request
 
 from trainer.commands.serve.errors import ApiError
 from trainer.commands.serve.metrics import Metrics
+from trainer.evaluation.token_sampling import Sampling
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream import Busy, Stream, StreamingDecoder
-from trainer.inference.stream_sampling import Sampling
 from trainer.inference.stream_text import Piece
 
 RETRY_SECONDS = 5
