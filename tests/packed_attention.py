@@ -69,7 +69,7 @@ def tensors(kv_heads: int, device: str = "cpu", value_size: int = SIZE) -> list[
 def attended(flex: bool, leaves: list[Tensor], scores: Scores) -> tuple[Tensor, list[Tensor]]:
     """Output [1, T, A, D] and the gradient of every leaf."""
     query, key, value, *past = leaves
-    segments = SEGMENTS if past else [_without_past(segment) for segment in SEGMENTS]
+    segments = SEGMENTS if past else [without_past(segment) for segment in SEGMENTS]
     layout: Layout = with_past(make_layout(segments, query.device), past)
     if flex:
         layout = with_flex(layout, segments)
@@ -78,8 +78,8 @@ def attended(flex: bool, leaves: list[Tensor], scores: Scores) -> tuple[Tensor, 
     return output, list(torch.autograd.grad(output, leaves, upstream.to(query.device)))
 
 
-def _without_past(segment: Segment) -> Segment:
+def without_past(segment: Segment) -> Segment:
     if segment.prefix is None:
         return segment
     gone = segment.prefix.start >= TOKENS
-    return replace(segment, prefix=None if gone else _without_past(segment.prefix))
+    return replace(segment, prefix=None if gone else without_past(segment.prefix))

@@ -4,8 +4,9 @@
    ``packed_attention`` with transformers; ``family_overrides`` adapts the families that do not use
    transformers' attention interface.
 2. ``bucket_layout``: segments -> ``Buckets`` of similar length; ``bucketed`` attends within them.
-3. ``flex``: segments -> ``FlexLayout``, for one FlexAttention kernel instead of buckets.
-4. ``padded``: segments -> ``PaddedRows``, for families that do not support packed rows.
-5. ``prefix_cache``: prompts of keys and values in the cache of a decoder. ``batch_cache``: rows
+3. ``spans``: segments -> ``Spans``, for kernel calls without padding instead of buckets, on a CPU.
+4. ``flex``: segments -> ``FlexLayout``, for one FlexAttention kernel instead of buckets.
+5. ``padded``: segments -> ``PaddedRows``, for families that do not support packed rows.
+6. ``prefix_cache``: prompts of keys and values in the cache of a decoder. ``batch_cache``: rows
    that join and leave the cache of a running batch.
 """

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.model.attention.bucket_layout import Bucket, Buckets, Scores
+from trainer.model.attention.spans import flash_backward, flash_forward, own_storage
 
 
 def attend_in_buckets(
@@ -35,10 +36,6 @@ def attend_in_buckets(
     return buckets.restore(outputs)
 
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
 class _PackedOnCpu(torch.autograd.Function):
     """Attention that saves only packed queries, keys, values, outputs and log-sums.
 
@@ -56,7 +53,7 @@ class _PackedOnCpu(torch.autograd.Function):
         scores: Scores,
     ) -> Tensor:
         results = [
-            _forward(
+            flash_forward(
                 _at(query_TAD, bucket.query_SQ),
                 _at(key_UAD, bucket.key_SK),
                 _at(value_UAD, bucket.key_SK),
@@ -68,7 +65,7 @@ class _PackedOnCpu(torch.autograd.Function):
         output_TAD = buckets.restore([output_SAQD for output_SAQD, _ in results])
         sum_TA = buckets.restore([sum_SAQ for _, sum_SAQ in results])
         ctx.buckets, ctx.scores = buckets, scores
-        packed = (_own_storage(x) for x in (query_TAD, key_UAD, value_UAD))
+        packed = (own_storage(x) for x in (query_TAD, key_UAD, value_UAD))
         ctx.save_for_backward(*packed, output_TAD, sum_TA)
         return output_TAD
 
@@ -82,7 +79,7 @@ class _PackedOnCpu(torch.autograd.Function):
             grad_SAQD = _at(grad_TAD, bucket.query_SQ)
             # Padding repeats a token, whose gradient must count once.
             grad_SAQD = grad_SAQD.masked_fill(bucket.padding_SQ[:, None, :, None], 0)
-            of_query_SAQD, *of_keys_SAKD = _backward(
+            of_query_SAQD, *of_keys_SAKD = flash_backward(
                 grad_SAQD,
                 _at(query_TAD, bucket.query_SQ),
                 _at(key_UAD, bucket.key_SK),
@@ -101,14 +98,10 @@ class _PackedOnCpu(torch.autograd.Function):
         return ctx.buckets.restore(of_queries), of_key_UAD, of_value_UAD, None, None
 
 
-def _own_storage(x: Tensor) -> Tensor:
-    """The tensor, cloned if it is a view that keeps a larger one alive (a fused QKV product)."""
-    return x if x.untyped_storage().nbytes() <= x.nbytes else x.clone()
-
-
 def _at(x_TA: Tensor, index_Sn: Tensor) -> Tensor:
     """Elements of [T, A, ...] at the indices, [S, A, n, ...]."""
-    return x_TA[index_Sn].transpose(1, 2)
+    # Twice as fast on a CPU as indexing with a matrix.
+    return x_TA.index_select(0, index_Sn.flatten()).unflatten(0, index_Sn.shape).transpose(1, 2)
 
 
 def _gather(x_TAD: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 Each segment of the packed batch attends causally to itself and to all tokens of its prefix
 segments, within the layer's window if it has one. Tokens remain packed in every linear layer; only
-attention lays segments side by side in buckets (``trainer.model.attention.bucketed``) or passes
-them to one kernel (``trainer.model.attention.flex``).
+attention lays segments side by side in buckets (``trainer.model.attention.bucketed``), passes them
+to one kernel (``trainer.model.attention.flex``) or, on a CPU, attends to each where it is
+(``trainer.model.attention.spans``).
 
 A prefix may also consist of keys and values per layer instead of tokens (prefix tuning, arXiv
 2101.00190). They are already rotated and come after the keys and values of the tokens.
@@ -25,6 +26,7 @@ from transformers import AttentionInterface
 from trainer.model.attention.bucket_layout import Buckets, Scores, make_buckets
 from trainer.model.attention.bucketed import attend_in_buckets
 from trainer.model.attention.flex import FlexLayout, make_flex_layout
+from trainer.model.attention.spans import Spans, attend_in_spans, make_spans
 from trainer.packing.packed_batch import Segment
 from trainer.runtime.errors import BadInput
 
@@ -39,18 +41,21 @@ class Layout:
 
     Attributes:
         past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
+        spans: used in place of the buckets by layers that they suit, on a CPU.
         flex: layout for FlexAttention; None: use the buckets.
         observer: measures attention, for ``promptshard inspect``.
     """
 
     buckets: Buckets
+    spans: Spans | None = None
     past: tuple[Tensor, ...] = ()
     flex: FlexLayout | None = None
     observer: Observer | None = None
 
 
 def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
-    return Layout(make_buckets(segments, device))
+    spans = make_spans(segments) if device.type == "cpu" else None
+    return Layout(make_buckets(segments, device), spans)
 
 
 def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:
@@ -88,6 +93,9 @@ def attend(
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
+    spans = layout.spans
+    if spans is not None and spans.suits(scores) and query.shape[-1] == value.shape[-1]:
+        return attend_in_spans(query_TAD, key_UAD, value_UAD, spans, scores.scaling)[None]
     return attend_in_buckets(query_TAD, key_UAD, value_UAD, layout.buckets, scores)[None]
 
 
