@@ -19,6 +19,7 @@ from trainer.commands.lint.selection import (
     check,
     check_measurable,
     checked_instructions,
+    nothing_to_measure,
     to_measure,
 )
 from trainer.config import load
@@ -157,10 +158,10 @@ def _measured(options: Options, processes: int | None) -> list[CheckedText]:
     """Measure the rewrites on all ranks; the results are in a file, which rank 0 writes."""
     config = load(options.run_file, options.overrides)
     checked = checked_instructions(config, options)
-    if not to_measure(checked):
-        messages.note("no finding has a rewrite that is ready to use: nothing to measure")
-        return _unmeasured(checked)
     check_measurable(config, checked, options)
+    if not to_measure(checked):
+        messages.note(nothing_to_measure(checked))
+        return _unmeasured(checked)
     preflight.check_config(config, trains=False)
     folder = results_folder(config.output_dir)
     report = start_ranks("trainer.commands.lint", options.arguments(), str(folder), processes, None)

@@ -224,3 +224,18 @@ class TestCommand:
         result = self.run(str(run_file), "--measure", "--text", good)
         assert result.exit_code == 0, result.output
         assert "no findings" in result.output
+        assert "nothing to measure: no rule found anything in the text" in result.output
+        unready = self.run(str(run_file), "--measure", "--text", f"{good} Use no KPIs.")
+        assert unready.exit_code == 0, unready.output
+        assert "undefined-term" in " ".join(unready.output.split())
+        assert "no rewrite (undefined-term) is ready to use" in " ".join(unready.output.split())
+
+    def test_a_request_that_cannot_be_measured_is_refused_without_findings_too(
+        self, run_file: Path
+    ) -> None:
+        good = f"What does the animal eat? Answer {', '.join(CHOICES[:2])} or {CHOICES[2]}."
+        given = (str(run_file), "--measure", "--text", good)
+        result = self.run(*given, "--metric", "execution")
+        assert "--metric: execution needs a task with metric: execution" in str(result.exception)
+        result = self.run(*given, *WITHOUT_VALIDATION)
+        assert "tasks.diet: has no validation rows to measure on" in str(result.exception)

@@ -188,8 +188,8 @@ def remarks(task: TaskEvaluation) -> list[str]:
     lines = []
     if task.n_samples is not None:
         lines.append(
-            f"{task.metric}: the probability that at least one of {k_of(task.metric)} answers "
-            f"passes all tests of its row, estimated from {task.n_samples} answers per row at "
+            f"{task.metric}: the probability that {_answers(k_of(task.metric))} passes all tests "
+            f"of its row, estimated from {task.n_samples} answers per row at "
             f"temperature {task.temperature:g}."
         )
     prompts = [arm for arm in task.arms if arm.kind == "prompt"]
@@ -226,6 +226,10 @@ def remarks(task: TaskEvaluation) -> list[str]:
             "in FLOPs, because this arm reads more per query."
         )
     return lines
+
+
+def _answers(k: int | None) -> str:
+    return "an answer" if k == 1 else f"at least one of {k} answers"
 
 
 def format_value(metric: str, value: float | None) -> str:

@@ -56,10 +56,26 @@ def to_measure(checked: Sequence[Checked]) -> list[Checked]:
     return [each for each in checked if any(finding.measurable for finding in each.findings)]
 
 
+def nothing_to_measure(checked: Sequence[Checked]) -> str:
+    """Describe what is missing where no finding has a rewrite that is ready to use."""
+    findings = [finding for each in checked for finding in each.findings]
+    if not findings:
+        texts = "the text" if len(checked) == 1 else f"the {len(checked)} texts"
+        return f"--measure: nothing to measure: no rule found anything in {texts}"
+    rules = ", ".join(dict.fromkeys(finding.rule for finding in findings))
+    return (
+        f"--measure: nothing to measure: no rewrite ({rules}) is ready to use; change the text by "
+        "hand, and measure it against others with promptshard evaluate (tasks.hand_written)"
+    )
+
+
 def check_measurable(config: RunConfig, checked: Sequence[Checked], options: Options) -> None:
-    """Raise ``BadInput`` with everything that prevents measuring, before the base is loaded."""
+    """Raise ``BadInput`` with everything that prevents measuring, before the base is loaded.
+
+    Tasks without a rewrite to measure are checked only if no task has one.
+    """
     problems = []
-    for name in dict.fromkeys(each.instruction.task for each in to_measure(checked)):
+    for name in dict.fromkeys(each.instruction.task for each in to_measure(checked) or checked):
         task = config.task(str(name))
         if task.tokens is not None:
             problems.append(
