@@ -198,7 +198,7 @@ def evaluate(
         fresh=fresh,
     )
     run = selected_run(options)
-    for note in check_data(run):
+    for note in check_data(run, options):
         messages.note(note)
     report = start_ranks("trainer.commands.evaluate", options.arguments(), run_dir, processes, None)
     messages.show(report)

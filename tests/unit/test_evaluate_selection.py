@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ def adapter(folder: Path, tensors: dict[str, tuple[int, int]] | None = None, **m
 
 
 def refused(folder: Path, **options: Any) -> str:
+    given = Options(folder, **options)
     with pytest.raises(BadInput) as error:
-        check_data(selected_run(Options(folder, **options)))
+        check_data(selected_run(given), given)
     return "\n".join(error.value.problems)
 
 
@@ -78,6 +80,38 @@ def test_data_without_rows_or_for_no_task(tmp_path: Path) -> None:
     assert "missing.jsonl" in refused(folder, data=str(tmp_path / "missing.jsonl"))
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "x", "label": "wrong"}) + "\n")
     assert "wrong" in refused(folder, data=str(tmp_path / "other.jsonl"))
+
+
+def write_long_rows(folder: Path) -> None:
+    """Replace the train rows."""
+    long = " ".join(["A lion sleeps in the grass."] * 20)
+    rows = [{"text": f"{long} {number}.", "label": "meat"} for number in range(9)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("option", ["shots", "retrieved"])
+def test_more_examples_than_the_context_holds(option: str, chat: bool, tmp_path: Path) -> None:
+    settings = {"chat": True, "target": "{label}"} if chat else {}
+    folder = run_folder(tmp_path, hand_written=[], **settings)
+    write_long_rows(tmp_path)
+    problem = refused(folder, **{option: 5})
+    assert f"--{option} 5: 5 examples and the shortest row of task 'diet' have at least" in problem
+    assert "but the context of the base holds 512; lower it (at most about" in problem
+    fitting = int(problem.split("at most about ")[1].split()[0])
+    assert 1 <= fitting < 5
+    check = Options(folder, **{option: fitting})  # type: ignore[arg-type]
+    check_data(selected_run(check), check)
+
+
+def test_examples_of_a_base_without_files_are_checked_by_the_ranks(tmp_path: Path) -> None:
+    folder, given = run_folder(tmp_path), Options(tmp_path, shots=9)
+    write_long_rows(folder)
+    run = selected_run(given)
+    base = run.config.base.model_copy(update={"model": "org/not-downloaded"})
+    other = replace(run, config=run.config.model_copy(update={"base": base}))
+    assert "at least" in refused(folder, shots=9)
+    check_data(other, given)
 
 
 def test_pickled_weights(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ ranks start. ``load_splits`` makes the same checks and keeps the columns that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -48,8 +48,16 @@ def load_splits(task: Task, *, on_rows: OnRows | None = None) -> dict[str, RowDa
     return splits
 
 
-def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]:
+def check_rows(
+    config: RunConfig,
+    *,
+    on_rows: OnRows | None = None,
+    further: Callable[[Task, Mapping[str, RowDataset]], Sequence[str]] = lambda task, splits: (),
+) -> list[str]:
     """Check all rows of a run; raises ``BadInput`` with the problems of all files.
+
+    Args:
+        further: returns other problems of a task, given its splits.
 
     Returns:
         Remarks about the data, and warnings about validation rows that are also in train.
@@ -59,6 +67,7 @@ def check_rows(config: RunConfig, *, on_rows: OnRows | None = None) -> list[str]
     for task in config.tasks:
         if splits := reader.splits(task):
             notes += [*remarks(task, splits), *(leak.warning for leak in leaks(task, splits))]
+            reader.problems += further(task, splits)
     reader.raise_problems()
     return notes
 
@@ -128,11 +137,11 @@ class _SplitReader:
 
     def __init__(self, on_rows: OnRows | None = None) -> None:
         self._on_rows = on_rows
-        self._problems: list[str] = []
+        self.problems: list[str] = []
         self._file_problems: list[Problems] = []
 
     def raise_problems(self) -> None:
-        problems = [*self._problems, *merge_problems(self._file_problems)]
+        problems = [*self.problems, *merge_problems(self._file_problems)]
         if problems:
             raise BadInput(dict.fromkeys(problems))  # two splits may read one file
 
@@ -151,7 +160,7 @@ class _SplitReader:
             train, validation = split_by_hash(rows.hashes(), share)
             if not len(train) or not len(validation):
                 side = "validation" if len(train) else "train"
-                self._problems.append(
+                self.problems.append(
                     f"tasks.{task.name}.validation_share: {share:g} of {len(rows)} rows leaves "
                     f"none for {side}; name a validation file, or set validation_share to "
                     "another share, 0 for no validation"
@@ -175,7 +184,7 @@ class _SplitReader:
             try:
                 files = find_files(source, where, split or "train")
             except BadInput as error:
-                self._problems += error.problems
+                self.problems += error.problems
                 is_valid = False
                 continue
             for file in files:

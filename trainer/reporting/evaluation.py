@@ -216,6 +216,7 @@ def remarks(task: TaskEvaluation) -> list[str]:
             lines.append(f"{task.rows:,} rows are too few to show any difference.")
         else:
             amount = format_difference(task.metric, task.detectable_difference).lstrip("+")
+            amount += "" if task.metric in LOWER_IS_BETTER else " points"
             lines.append(
                 f"A difference of {amount} between {task.best} and the best other arm would be "
                 f"significant on {task.rows:,} rows with 80% power."

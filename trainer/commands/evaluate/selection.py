@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.commands.evaluate.early_fit import examples_fit
 from trainer.commands.evaluate.options import Options
 from trainer.config import DataSource, Prompt, RunConfig, Task, load_output, split_template
 from trainer.data.splits import check_rows
@@ -86,9 +87,18 @@ def selected_run(options: Options) -> SelectedRun:
     )
 
 
-def check_data(run: SelectedRun) -> list[str]:
-    """Read and check all rows; return remarks. Raises ``BadInput`` with all problems."""
-    return check_rows(run.config)
+def check_data(run: SelectedRun, options: Options | None = None) -> list[str]:
+    """Read and check all rows; return remarks.
+
+    Args:
+        options: those of an evaluation, whose examples in context have to fit.
+
+    Raises:
+        BadInput: with all problems.
+    """
+    if options is None:
+        return check_rows(run.config)
+    return check_rows(run.config, further=examples_fit(options, run.config))
 
 
 def _unknown(option: str, names: Sequence[str], known: Sequence[str], folder: str) -> list[str]:

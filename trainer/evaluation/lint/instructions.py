@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from trainer.config import PLACEHOLDER, Base, RunConfig, Task, resolve_path
+from trainer.config import PLACEHOLDER, RunConfig, Task
 from trainer.evaluation.lint.finding import TaskWords
+from trainer.model.tokenizer_file import token_ends
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Texts:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._tokenize = _tokenizer(config.base)
+        self._tokenize = token_ends(config.base)
 
     def of(self, task: Task, place: str, text: str, lengths: Sequence[int] = ()) -> Instruction:
         """Describe a text; ``lengths`` are those of the prompts that may start from it."""
@@ -84,37 +84,3 @@ class _Texts:
 def _searched(config: RunConfig, task: Task) -> list[int]:
     """Lengths of the prompts whose search for a start also tries the hand-written prompts."""
     return [p.num_virtual_tokens for p in config.prompts if p.task == task.name and p.init.open]
-
-
-def _tokenizer(base: Base) -> Callable[[str], Sequence[int]] | None:
-    """Return a function from a text to the ends of its tokens; None without ``tokenizer.json``.
-
-    The file is read from the model's folder or the cache of the hub; nothing is downloaded.
-    """
-    path = resolve_path(base.model) / "tokenizer.json"
-    if not path.is_file():
-        if path.parent.exists():
-            return None
-        cached = _cached(base)
-        if cached is None:
-            return None
-        path = cached
-    from tokenizers import Tokenizer  # only where there is a file
-
-    tokenizer = Tokenizer.from_file(str(path))
-
-    def token_ends(text: str) -> list[int]:
-        return [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
-
-    return token_ends
-
-
-def _cached(base: Base) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        path = try_to_load_from_cache(base.model, "tokenizer.json", revision=base.revision)
-    except HFValidationError:
-        return None
-    return Path(path) if isinstance(path, str) else None
