@@ -89,6 +89,7 @@ def test_metrics_that_do_not_suit_a_task() -> None:
         for name, settings in {
             "text": task(),
             "choices": task(choices=CHOICES),
+            "sentences": task(choices=["It is a heart condition.", "Other."]),
             "labels": task(choices=CHOICES, multi_label=True, metric="f1"),
             "code": task(metric="execution"),
             "tokens": Task.model_validate({"name": "t", "train": "x.jsonl", "tokens": {}}),
@@ -97,7 +98,8 @@ def test_metrics_that_do_not_suit_a_task() -> None:
     texts = ["exact_match", "rouge_l", "bleu", "chrf"]
     assert usable == {
         "text": [*texts, "loss", "perplexity"],
-        "choices": ["accuracy", "macro_f1", *texts, "loss", "perplexity"],
+        "choices": ["accuracy", "macro_f1", "exact_match", "rouge_l", "chrf", "loss", "perplexity"],
+        "sentences": ["accuracy", "macro_f1", *texts, "loss", "perplexity"],
         "labels": ["exact_match", "f1", "loss", "perplexity"],
         "code": ["exact_match", "execution", "loss", "perplexity"],
         "tokens": ["loss", "perplexity"],
@@ -156,11 +158,11 @@ def test_equal_arms_have_no_difference() -> None:
 def test_calibration_by_hand() -> None:
     rows = [("a", 0.9, "a"), ("b", 0.9, "a"), ("a", 0.6, "a"), ("b", 0.6, "b")]
     records = [
-        {"target": gold, "probabilities": {top: p, {"a": "b", "b": "a"}[top]: 1 - p}}
+        {"target": f" {gold}", "probabilities": {top: p, {"a": "b", "b": "a"}[top]: 1 - p}}
         for gold, p, top in rows
     ]
-    result = calibration(records, ["a", "b"])
+    result = calibration(records, ["ab".index(gold) for gold, _, _ in rows], ["a", "b"])
     assert result is not None
     assert result["ece"] == pytest.approx((abs(1 - 1.8) + abs(2 - 1.2)) / 4)
     assert result["brier"] == pytest.approx(2 * (0.01 + 0.81 + 0.16 + 0.16) / 4)
-    assert calibration([{"target": "a"}], ["a", "b"]) is None
+    assert calibration([{"target": "a"}], [0], ["a", "b"]) is None

@@ -273,6 +273,7 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     write(tmp_path, "train.jsonl", GOOD)
     write(tmp_path, "empty.jsonl", "")
     write(tmp_path, "blank.jsonl", "\n \n")
+    write(tmp_path, "columnless.jsonl", "{}\n{}\n")
     write(tmp_path, "head.csv", "text,label\n")
     write(tmp_path, "d.xlsx", "x")
     messages = {
@@ -282,6 +283,7 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
             "no/train.jsonl",
             "empty.jsonl",
             "blank.jsonl",
+            "columnless.jsonl",
             "head.csv",
             "d.xlsx",
         )
@@ -290,6 +292,7 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     assert "there is no folder" in messages["no/train.jsonl"]
     assert "is empty" in messages["empty.jsonl"]
     assert "has no rows" in messages["blank.jsonl"]
+    assert "text" in messages["columnless.jsonl"]
     assert "has no rows" in messages["head.csv"]
     assert "'.xlsx' is not known; save it as .csv" in messages["d.xlsx"]
     assert "is a folder; name data files" in problem(str(tmp_path))

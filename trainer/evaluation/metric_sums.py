@@ -33,6 +33,8 @@ Values = NDArray[np.float64]
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 #: Metrics of generated text, each with the package that computes it.
 TEXT_METRICS = {"rouge_l": "rouge-score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+#: Words of the longest sequences that BLEU counts.
+BLEU_WORDS = 4
 #: ``pass@k`` stands beside these, with a number for k.
 METRICS = (
     "accuracy",
@@ -83,6 +85,8 @@ def metric_problem(metric: str, task: Task) -> str | None:
     }
     usable = [name for name in (*METRICS, PASS_AT_K) if _suits(name, task)]
     key = metric if k_of(metric) is None else "execution"
+    if metric == "bleu" and task.choices:
+        needs["bleu"] = f"counts sequences of up to {BLEU_WORDS} words, and no choice has as many"
     reason = needs.get(key, "compares generated text with a target text")
     return f"{metric} {reason}; use {', '.join(usable[:-1])} or {usable[-1]}"
 
@@ -106,9 +110,15 @@ def _suits(metric: str, task: Task) -> bool:
         return task.metric == "execution"
     if metric == "exact_match" or metric in TEXT_METRICS:
         has_text = task.tokens is None and bool(task.target or task.messages)
+        if metric == "bleu" and task.choices and max(map(_num_words, task.choices)) < BLEU_WORDS:
+            return False  # the score would be 0 for every answer
         is_free = not task.multi_label and task.metric != "execution"
         return has_text and (is_free or metric == "exact_match")
     return True
+
+
+def _num_words(text: str) -> int:
+    return len(text.split())
 
 
 def scored_as(metric: str, task: Task) -> str:

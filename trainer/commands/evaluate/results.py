@@ -124,7 +124,8 @@ class TaskResults:
         ]
         if best is None or not others:
             return None
-        return finite(min(others, key=lambda item: item[0])[1].detectable_difference)
+        # 0 if all rows have the same difference, from which nothing can be estimated
+        return finite(min(others, key=lambda item: item[0])[1].detectable_difference) or None
 
     def _result(
         self,
@@ -137,7 +138,10 @@ class TaskResults:
         low, high = score_interval(self.metric, sums)
         records = [self.records[arm.name][i] for i in self.reported]
         task = arm.rows.task
-        calibrated = calibration(records, task.choices or []) if task.scored_by_likelihood else None
+        calibrated = None
+        if task.scored_by_likelihood:
+            gold = [arm.rows.gold[i] for i in self.reported]
+            calibrated = calibration(records, gold, task.choices or [])
         paired: dict[str, Any] = {}
         if difference is not None:
             paired = {
