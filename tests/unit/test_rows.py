@@ -273,7 +273,6 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     write(tmp_path, "train.jsonl", GOOD)
     write(tmp_path, "empty.jsonl", "")
     write(tmp_path, "blank.jsonl", "\n \n")
-    write(tmp_path, "columnless.jsonl", "{}\n{}\n")
     write(tmp_path, "head.csv", "text,label\n")
     write(tmp_path, "d.xlsx", "x")
     messages = {
@@ -283,7 +282,6 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
             "no/train.jsonl",
             "empty.jsonl",
             "blank.jsonl",
-            "columnless.jsonl",
             "head.csv",
             "d.xlsx",
         )
@@ -292,12 +290,18 @@ def test_missing_file_folder_empty_file_and_format(tmp_path):
     assert "there is no folder" in messages["no/train.jsonl"]
     assert "is empty" in messages["empty.jsonl"]
     assert "has no rows" in messages["blank.jsonl"]
-    assert "text" in messages["columnless.jsonl"]
     assert "has no rows" in messages["head.csv"]
     assert "'.xlsx' is not known; save it as .csv" in messages["d.xlsx"]
     assert "is a folder; name data files" in problem(str(tmp_path))
     assert "train.jsonl" in problem(str(tmp_path))
     assert "hub" in problem("someone/some_dataset")
+
+
+def test_rows_without_any_column(tmp_path):
+    path = write(tmp_path, "d.jsonl", "{}\n{}\n")
+    first, second = problems(str(path))
+    assert first == "d.jsonl: no column 'text', which tasks.animals.input uses; columns: none"
+    assert "no column 'label'" in second
 
 
 def test_setting_is_named(tmp_path):

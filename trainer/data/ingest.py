@@ -96,8 +96,6 @@ def _ingest_by_column(file: DataFile, task: Task, on_rows: OnRows | None) -> Ing
             yield batch.append_column(HASH, np.array(hashes, np.uint64))
 
     batches = _write_mapped(hashed())
-    if not any(batch.num_rows for batch in batches):  # no rows, or rows without any column
-        raise NeedsRowwiseCheck
     columns = file.header() or list(next(file.records(list(columns_used(task)))).values)
     return IngestedFile(file.name, columns, file.digest(), batches)
 

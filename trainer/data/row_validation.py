@@ -252,7 +252,7 @@ class RowValidator:
                 self._add(record, _no_column(name, setting, has), rows)
                 counted += rows
             self.problems.rows += column.missing - counted
-        elif names:
+        elif names or column.missing:
             self.problems.of_file.append(_no_column(name, setting, names))
 
     def _report_mixed(self, name: str, column: _Column) -> None:
