@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.unit.run_folder import finished_run, small_config
@@ -15,6 +16,7 @@ from trainer.reporting.html import write_report
 from trainer.reporting.html.collect import collect
 from trainer.reporting.html.inspection_view import inspection_view
 from trainer.reporting.html.paired_rows import paired_rows
+from trainer.reporting.html.plots import PALEST, _depths, grid_plot
 from trainer.reporting.html.sweep_grids import sweep_grids
 from trainer.reporting.inspection import PromptInspection
 from trainer.reporting.result_table import TaskTable, task_tables
@@ -50,6 +52,26 @@ def test_a_sweep_is_a_grid_of_mean_scores_with_the_best_prompt_framed():
     assert (grid.rows, grid.columns) == (["5", "20"], ["0.01", "0.1"])
     assert grid.texts == [["20.0%", "60.0%"], ["75.0%", ""]]
     assert grid.best == (1, 0)
+
+
+def test_equal_scores_are_told_apart_by_the_loss():
+    settings = [
+        {"name": f"p{n}", "num_virtual_tokens": n, "learning_rate": 0.1} for n in (2, 5, 10)
+    ]
+    table = table_of({s["name"]: 1.0 for s in settings}, settings)
+    for row, loss in zip(table.prompts, (0.4, 0.02, 0.001), strict=True):
+        row.scores["validation_loss"] = loss
+    by_score, by_loss = sweep_grids(small_config("accuracy", settings), table)
+    assert (by_score.title, by_loss.title) == ("accuracy, prompt tuning", "loss, prompt tuning")
+    assert by_loss.lower_is_better
+    svg = grid_plot("equal", by_score).svg
+    assert "100.0%" in svg
+    assert "#ffffff" not in svg, "dark text on pale cells"
+    depths = [depth for row in _depths(by_loss) for depth in row]
+    ranked = sorted(zip((0.4, 0.02, 0.001), depths, strict=True), reverse=True)
+    assert [depth for _, depth in ranked] == sorted(depths)
+    assert (min(depths), max(depths)) == pytest.approx((PALEST, 1))
+    assert "#ffffff" in grid_plot("loss", by_loss).svg, "white text on the darkest cell"
 
 
 def test_two_prompts_are_no_sweep():

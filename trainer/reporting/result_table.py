@@ -125,12 +125,6 @@ class TaskTable:
         return next((row for row in self.baselines if row.best), None)
 
     @property
-    def scores_by_prompt(self) -> dict[str, float]:
-        """Validation score of every ranked prompt in the task's metric."""
-        key = f"validation_{self.metric}"
-        return {row.name: row.scores[key] for row in self.prompts if row.ranked}
-
-    @property
     def titles(self) -> list[str]:
         return [column_title(column) for column in self.columns]
 
@@ -168,7 +162,7 @@ class TaskTable:
                 return f"No prompt is significantly better than {baseline.short_label}"
             advised = compared.also_better[0]
         tokens = next(row.num_virtual_tokens for row in self.prompts if row.name == advised)
-        return f"Take {advised} ({tokens} virtual tokens)"
+        return f"Take {advised} ({tokens} virtual token{'s' if tokens > 1 else ''})"
 
     @property
     def verdict(self) -> str:

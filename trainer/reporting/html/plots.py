@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from trainer.tracking.metrics_log import Line
@@ -52,6 +53,11 @@ LINES: dict[str, dict[str, Any]] = {
 THIN: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.45, "zorder": 1}
 
 
+#: Colors of a map of scores by depth from 0 to 1: of the worst cell, and the depth above which text
+#: is white.
+_BLUES, PALEST, DARK = colormaps["Blues"], 0.28, 0.6
+
+
 @dataclass
 class Plot:
     """A plot: ``svg`` for the page; ``png`` under a file name for MLflow."""
@@ -88,7 +94,8 @@ class Grid:
 
     Attributes:
         best: row and column of the best prompt.
-        lower_is_better: the darkest cell has the lowest value.
+        lower_is_better: the darkest cell has the lowest value, and colors follow the logarithm of
+            the values, which are losses.
     """
 
     title: str
@@ -134,26 +141,22 @@ def grid_plot(name: str, grid: Grid) -> Plot:
     """Draw scores by two settings as a map; the best one has a frame."""
     height = 1.1 + 0.36 * len(grid.rows)
     width = min(10.0, max(3.6, 1.6 + 0.85 * len(grid.columns)))
-    finite = [v for row in grid.values for v in row if math.isfinite(v)]
-    low, high = min(finite), max(finite)
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         ax = figure.subplots()
         ax.set_title(grid.title, loc="left", fontsize=10)
-        colors = "Blues_r" if grid.lower_is_better else "Blues"
-        span = (high - low) or 1.0
-        ends = (low, high + 0.4 * span) if grid.lower_is_better else (low - 0.4 * span, high)
-        ax.pcolormesh(
-            [list(row) for row in grid.values], cmap=colors, vmin=ends[0], vmax=ends[1], lw=0
-        )
-        for i, row in enumerate(grid.values):
-            for j, value in enumerate(row):
-                if math.isfinite(value):
-                    depth = (value - low) / span
-                    is_dark = (1 - depth if grid.lower_is_better else depth) > 0.45
-                    color = "#ffffff" if is_dark else "#10151c"
-                    ax.text(j + 0.5, i + 0.5, grid.texts[i][j], ha="center", va="center",
+        for i, (depths, texts) in enumerate(zip(_depths(grid), grid.texts, strict=True)):
+            for j, (depth, text) in enumerate(zip(depths, texts, strict=True)):
+                if math.isfinite(depth):
+                    ax.add_patch(
+                        Rectangle((j + 0.02, i + 0.03), 0.96, 0.94, color=_BLUES(depth), lw=0)
+                    )
+                    color = "#ffffff" if depth > DARK else "#10151c"
+                    ax.text(j + 0.5, i + 0.5, text, ha="center", va="center",
                             fontsize=8.5, color=color)  # fmt: skip
+        ax.set_xlim(0, len(grid.columns))
+        ax.set_ylim(0, len(grid.rows))
+        ax.spines[:].set_visible(False)
         if grid.best is not None:
             i, j = grid.best
             xs, ys = (j, j + 1, j + 1, j, j), (i, i, i + 1, i + 1, i)
@@ -164,6 +167,19 @@ def grid_plot(name: str, grid: Grid) -> Plot:
         ax.set_xlabel(grid.column_title)
         ax.set_ylabel(grid.row_title)
         return _plot(name, figure, f"{grid.title} by {grid.row_title} and {grid.column_title}")
+
+
+def _depths(grid: Grid) -> list[list[float]]:
+    """Return the depth of the color of every cell, the best one 1; NaN without a value."""
+    values = [list(row) for row in grid.values]
+    if grid.lower_is_better:
+        values = [[-math.log(max(value, 1e-12)) for value in row] for row in values]
+    finite = [value for row in values for value in row if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    if low == high:
+        return [[PALEST if math.isfinite(value) else math.nan for value in row] for row in values]
+    scale = (1 - PALEST) / (high - low)
+    return [[PALEST + scale * (value - low) for value in row] for row in values]
 
 
 def similarity_plot(name: str, labels: Sequence[str], values: Sequence[Sequence[float]]) -> Plot:

@@ -13,17 +13,27 @@ from trainer.reporting.result_table import TaskTable
 
 
 def sweep_grids(config: RunConfig, table: TaskTable) -> list[Grid]:
-    """Return one grid per method that has several lengths or several learning rates."""
+    """Return the grids of each method that has several lengths or several learning rates.
+
+    One has the task's metric, and one the loss, which still differs where all scores are equal.
+    """
     by_method: dict[str, list[Prompt]] = defaultdict(list)
     for prompt in config.prompts:
         if prompt.task == table.task:
             by_method[prompt.method].append(prompt)
-    grids = (_grid(table, method, prompts) for method, prompts in by_method.items())
+    grids = (
+        _grid(table, metric, method, prompts)
+        for method, prompts in by_method.items()
+        for metric in dict.fromkeys((table.metric, "loss"))
+    )
     return [grid for grid in grids if grid is not None]
 
 
-def _grid(table: TaskTable, method: str, prompts: list[Prompt]) -> Grid | None:
-    scores, best = table.scores_by_prompt, table.best_prompt
+def _grid(table: TaskTable, metric: str, method: str, prompts: list[Prompt]) -> Grid | None:
+    column, best = f"validation_{metric}", table.best_prompt
+    scores = {
+        row.name: row.scores[column] for row in table.prompts if row.ranked and column in row.scores
+    }
     cells: dict[tuple[int, float], list[float]] = defaultdict(list)
     for prompt in prompts:
         if prompt.name in scores:
@@ -31,7 +41,6 @@ def _grid(table: TaskTable, method: str, prompts: list[Prompt]) -> Grid | None:
     lengths, rates = sorted({n for n, _ in cells}), sorted({rate for _, rate in cells})
     if len(cells) < 3 or max(len(lengths), len(rates)) < 2:
         return None
-    column = f"validation_{table.metric}"
     places = {
         prompt.name: (lengths.index(prompt.num_virtual_tokens), rates.index(_rate(prompt)))
         for prompt in prompts
@@ -52,7 +61,7 @@ def _grid(table: TaskTable, method: str, prompts: list[Prompt]) -> Grid | None:
         values=values,
         texts=[["" if math.isnan(v) else format_score(column, v) for v in row] for row in values],
         best=places.get(best.name) if best else None,
-        lower_is_better=table.metric in LOWER_IS_BETTER,
+        lower_is_better=metric in LOWER_IS_BETTER,
     )
 
 
