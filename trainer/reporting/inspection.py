@@ -155,6 +155,13 @@ class PrunedPrompt(_Model):
     score: float | None = None
     adapter: str | None = None
 
+    @property
+    def advice(self) -> str:
+        """Whether the shorter prompt can replace the full one, in a sentence."""
+        if self.difference_low > 0:
+            return "The shorter prompt is significantly worse there: keep the full one."
+        return "No significant loss there; more rows can show a smaller one."
+
 
 class PromptInspection(Elicited):
     """All measurements of one prompt.

@@ -169,7 +169,7 @@ def shorten(text: str, width: int, tail: int) -> str:
     """Put ``…`` before the last ``tail`` characters of a text that is wider than ``width``."""
     if cell_len(text) <= width:
         return text
-    end = text[-tail:]
+    end = text[len(text) - tail :]
     while cell_len(end) > tail:
         end = end[1:]
     return f"{set_cell_size(text, width - 1 - cell_len(end))}…{end}"

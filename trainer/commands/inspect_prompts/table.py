@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from trainer.reporting.inspection import (
@@ -23,8 +24,8 @@ MOST_TOKENS = 40
 TOKEN_WIDTH, TEXT_WIDTH, NAME_WIDTH = 13, 36, 24
 #: Nearest tokens in the table.
 SHOWN = 2
-#: Numbers below this are written with an exponent.
-SMALLEST = 0.001
+#: Decimals of the numbers of a column.
+FEWEST_DECIMALS, MOST_DECIMALS = 4, 8
 #: Prompts of a map of similarities, which has one column per prompt; of more, pairs are shown.
 MOST_PROMPTS, PAIRS = 6, 10
 READING = (
@@ -96,13 +97,22 @@ def _shown(tokens: Sequence[TokenInspection]) -> list[TokenInspection]:
 def effect_table(tokens: Sequence[TokenInspection]) -> tuple[list[str], list[list[str]]]:
     """Return columns and cells of what each virtual token does."""
     is_prefix = any(token.key_norm is not None for token in tokens)
+    halves = [half for token in tokens if (half := _half(token))]
+    of_loss = _decimals([token.leave_one_out for token in tokens], min(halves, default=1.0))
+    of_effect = _decimals([token.gradient_times_input for token in tokens])
     rows = []
     for token in tokens:
         mean, peak = _attention(token)
         norms = [_number(token.key_norm), _number(token.value_norm)]
-        effect = _signed(token.gradient_times_input)
+        effect = _signed(token.gradient_times_input, of_effect)
         rows.append(
-            [str(token.index), _left_out(token), mean, *([] if is_prefix else [peak]), effect]
+            [
+                str(token.index),
+                _left_out(token, of_loss),
+                mean,
+                *([] if is_prefix else [peak]),
+                effect,
+            ]
             + (norms if is_prefix else [])
         )
     columns = ["token", "left out", "attention", "peak layer", "grad x input"]
@@ -111,14 +121,18 @@ def effect_table(tokens: Sequence[TokenInspection]) -> tuple[list[str], list[lis
     return columns, rows
 
 
-def _left_out(token: TokenInspection) -> str:
+def _left_out(token: TokenInspection, decimals: int) -> str:
     if token.leave_one_out is None:
         return NONE
-    text = _signed(token.leave_one_out)
-    if token.leave_one_out_high is None:
-        return text
-    half = token.leave_one_out_high - token.leave_one_out
-    return f"{text} ±{_signed(half).removeprefix('+')}"
+    text, half = _signed(token.leave_one_out, decimals), _half(token)
+    return text if half is None else f"{text} ±{half:.{decimals}f}"
+
+
+def _half(token: TokenInspection) -> float | None:
+    """Half of the 95% interval of the change of the loss."""
+    if token.leave_one_out is None or token.leave_one_out_high is None:
+        return None
+    return token.leave_one_out_high - token.leave_one_out
 
 
 def _attention(token: TokenInspection) -> tuple[str, str]:
@@ -215,7 +229,7 @@ def checkpoint_table(prompt: PromptInspection) -> tuple[list[str], list[list[str
         text = NONE if saved.elicited is None else " ".join(saved.elicited.split())
         rates = [_number(saved.class_rate), _number(saved.mean_class_rate)]
         loss = _number(saved.loss, 4)
-        rows.append([str(saved.step), shorten(text, TEXT_WIDTH, 1), loss, *rates])
+        rows.append([str(saved.step), shorten(text, TEXT_WIDTH, 0), loss, *rates])
     if prompt.kind == "prefix":
         return [columns[0], columns[2]], [[row[0], row[2]] for row in rows]
     return columns, rows
@@ -236,7 +250,8 @@ def pruned_text(name: str, pruned: PrunedPrompt) -> str:
         f"{name}: pruned to {pruned.num_virtual_tokens} virtual tokens, without "
         f"{', '.join(map(str, pruned.dropped))}, chosen on {pruned.chosen_on} rows. On the other "
         f"{pruned.rows} rows: loss {pruned.loss_before:.4f} -> {pruned.loss:.4f}, difference "
-        f"{pruned.difference:+.4f} ({low:+.4f} to {high:+.4f}){scores}. Adapter: {pruned.adapter}"
+        f"{pruned.difference:+.4f} ({low:+.4f} to {high:+.4f}){scores}. {pruned.advice} Adapter: "
+        f"{pruned.adapter}"
     )
 
 
@@ -274,7 +289,14 @@ def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def _signed(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return f"{value:+.4f}" if abs(value) >= SMALLEST or not value else f"{value:+.1e}"
+def _signed(value: float | None, decimals: int) -> str:
+    return NONE if value is None else f"{value:+.{decimals}f}"
+
+
+def _decimals(values: Sequence[float | None], smallest: float = 1.0) -> int:
+    """Decimals that give the largest value of a column four digits, and ``smallest`` one."""
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    if not (0 < largest < math.inf and smallest > 0):
+        return FEWEST_DECIMALS
+    wanted = max(3 - math.floor(math.log10(largest)), -math.floor(math.log10(smallest)))
+    return min(MOST_DECIMALS, max(FEWEST_DECIMALS, wanted))

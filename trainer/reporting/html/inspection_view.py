@@ -98,10 +98,10 @@ def _pruned(inspection: PromptInspection) -> str:
     if not pruned.dropped:
         return "No virtual token can be dropped without a loss."
     return (
-        f"{len(pruned.dropped)} of {len(inspection.tokens)} virtual tokens can be dropped: loss "
+        f"{len(pruned.dropped)} of {len(inspection.tokens)} virtual tokens were pruned: loss "
         f"{pruned.loss_before:.4f} before, {pruned.loss:.4f} after, difference "
         f"{pruned.difference:+.4f} (95% interval {pruned.difference_low:+.4f} to "
-        f"{pruned.difference_high:+.4f}) on {pruned.rows:,} rows."
+        f"{pruned.difference_high:+.4f}) on {pruned.rows:,} other rows. {pruned.advice}"
     )
 
 
