@@ -54,7 +54,7 @@ SIZES = {
         {"attention": (4096, 4096), "up": (14336, 4096), "down": (4096, 14336)},
     ),
 }
-KINDS = ("dequantize", "int8", "int8_outliers", "bitsandbytes")
+KINDS = ("dequantize", "int8", "int8x2", "int8_outliers", "bitsandbytes")
 THRESHOLD = 6.0
 OUTLIER_FEATURES = 6
 REACH = 0.5

@@ -58,17 +58,18 @@ def run(module: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
-def test_a_gated_mlp_equals_separate_products(act: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("product", ["int8", "int8x2"])
+def test_a_gated_mlp_equals_separate_products(act: str, product: str, dtype: torch.dtype) -> None:
     if act == "silu":
         separate = with_int8_layers(LlamaMLP(LlamaConfig(**SIZES)))
     else:
         separate = with_int8_layers(Gemma3MLP(Gemma3TextConfig(**SIZES)))
     fused = copy.deepcopy(separate)
-    use_matmul(separate, "int8", 0.0)
-    use_matmul(fused, "int8", 0.0)
+    use_matmul(separate, product, 0.0)
+    use_matmul(fused, product, 0.0)
     assert isinstance(fused, RecomputedGatedMLP)
-    assert fused.int8
-    separate.int8 = False  # type: ignore[assignment]
+    assert fused.int8_terms
+    separate.int8_terms = None  # type: ignore[assignment]
     # As many that loops are compiled in one of the cases.
     tokens = MAX_SEPARATE // HIDDEN + 1 if (act, dtype) == ("silu", torch.float32) else TOKENS
     x = torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -83,7 +84,7 @@ def test_hooks_of_an_adapter_change_a_fused_mlp(layer: str, before: bool) -> Non
     fused = with_int8_layers(LlamaMLP(LlamaConfig(**SIZES)))
     use_matmul(fused, "int8", 0.0)
     separate = copy.deepcopy(fused)
-    separate.int8 = False  # type: ignore[assignment]
+    separate.int8_terms = None  # type: ignore[assignment]
     x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
     without, _ = run(fused, x)
     for module in (fused, separate):
@@ -101,8 +102,8 @@ def test_an_mlp_with_a_bias_or_another_product_is_not_fused() -> None:
     use_matmul(with_bias, "int8", 0.0)
     outliers = with_int8_layers(LlamaMLP(LlamaConfig(**SIZES)))
     use_matmul(outliers, "int8_outliers", 6.0)
-    assert not with_bias.int8
-    assert not outliers.int8
+    assert not with_bias.int8_terms
+    assert not outliers.int8_terms
 
 
 class Sum(nn.Module):

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 HAS_LIBRARY = missing_library() is None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs bitsandbytes")
 BITSANDBYTES = pytest.param("bitsandbytes", marks=needs_library)
-KINDS = ["dequantize", "int8", "int8_outliers", BITSANDBYTES]
+KINDS = ["dequantize", "int8", "int8x2", "int8_outliers", BITSANDBYTES]
 
 
 def make_layer(kind: str, in_features: int = IN, out_features: int = OUT) -> FrozenLinear:
@@ -90,6 +90,8 @@ class TestErrors:
             ("dequantize", 20.0, 1e-6, 1e-6),
             ("int8", 1.0, 0.015, 0.015),
             ("int8", 20.0, 0.06, 0.06),
+            ("int8x2", 1.0, 6e-5, 0.015),
+            ("int8x2", 20.0, 2.4e-4, 0.06),
             ("int8_outliers", 1.0, 0.015, 0.015),
             ("int8_outliers", 20.0, 0.008, 0.06),
             pytest.param("bitsandbytes", 1.0, 0.015, 1e-6, marks=needs_library),
@@ -101,7 +103,23 @@ class TestErrors:
         assert error < forward
         assert gradient_error < backward
         if kind != "dequantize":
-            assert error > 1e-4, "this was not an int8 product"
+            assert error > (1e-5 if kind == "int8x2" else 1e-4), "this was not an int8 product"
+
+    def test_two_terms_where_no_gradient_is_recorded(self) -> None:
+        x, _ = activations(20.0)
+        with torch.no_grad():
+            scored, expected = make_layer("int8")(x), make_layer("int8x2")(x)
+        assert torch.equal(scored, expected)
+        assert not torch.allclose(make_layer("int8")(x), expected, rtol=1e-3)
+
+    @pytest.mark.parametrize("factor", [1e-20, 1e20])
+    def test_two_terms_of_tiny_and_huge_rows(self, factor: float) -> None:
+        x = activations()[0].detach() * factor
+        x[0, 0] = 0
+        layer, exact = make_layer("int8x2"), make_layer("dequantize")
+        layer.bias = exact.bias = None
+        assert relative(layer(x), exact(x)) < 1e-4
+        assert (layer(x)[0, 0] == 0).all()
 
     def test_separate_outliers_reduce_the_error(self) -> None:
         assert errors("int8_outliers", 40.0)[0] < errors("int8", 40.0)[0] / 8
@@ -193,7 +211,7 @@ class TestAlignment:
         aligned_int_product(torch.ones(32, 64, dtype=torch.int8), weight.T)
         assert seen == [weight.data_ptr()]
 
-    @pytest.mark.parametrize("kind", ["int8", "int8_outliers"])
+    @pytest.mark.parametrize("kind", ["int8", "int8x2", "int8_outliers"])
     def test_a_layer_of_unaligned_sizes(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         generator = torch.Generator().manual_seed(2)
         x = (torch.randn(5, 50, generator=generator) * 3).requires_grad_()
@@ -208,10 +226,13 @@ class TestAlignment:
         assert torch.equal(results[0][1], results[1][1])
 
 
-def test_few_rows_are_not_compiled_and_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int8x2"])
+def test_few_rows_are_not_compiled_and_give_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of a decode step equal those that were read in a large batch."""
     x = torch.randn(9, 96, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    dy, layer = torch.ones(9, 40), make_layer("int8", 96, 40)
+    dy, layer = torch.ones(9, 40), make_layer(kind, 96, 40)
     results, calls = [], []
     compiled = compilation.compiled
     monkeypatch.setattr(compilation, "compiled", lambda f: calls.append(f) or compiled(f))
@@ -240,14 +261,14 @@ class TestChoice:
         assert resolve_matmul("auto", "int8", CPU, 128) == "dequantize"
         assert resolve_matmul("auto", "none", CPU, 4096) == "dequantize"
 
-    @pytest.mark.parametrize("kind", ["int8", "int8_outliers", BITSANDBYTES])
+    @pytest.mark.parametrize("kind", ["int8", "int8x2", "int8_outliers", BITSANDBYTES])
     def test_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         gpu = FakeGPU(monkeypatch, (8, 0)).device
         assert resolve_matmul("auto", "int8", gpu, 128) == MEASURE
         assert resolve_matmul("auto", "none", gpu, 128) == "dequantize"
         assert resolve_matmul(kind, "int8", gpu, 128) == kind
 
-    @pytest.mark.parametrize("kind", ["int8", "int8_outliers", BITSANDBYTES])
+    @pytest.mark.parametrize("kind", ["int8", "int8x2", "int8_outliers", BITSANDBYTES])
     def test_refusals(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         with pytest.raises(BadInput, match=rf"base\.matmul: {kind} needs int8 weights"):
             resolve_matmul(kind, "none", CPU, 4096)

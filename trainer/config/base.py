@@ -51,14 +51,18 @@ class Base(Section):
         "keep: as in the checkpoint\n"
         "int8: one byte per weight, and one fp32 scale per row",
     )
-    matmul: Literal["auto", "int8", "int8_outliers", "bitsandbytes", "dequantize"] = Field(
-        "auto",
-        description="how int8 weights are multiplied\n"
-        "auto: the fastest (by timing on a GPU, by hidden size and CPU otherwise)\n"
-        "int8: activations are quantized too\n"
-        "int8_outliers: all activations but the largest are quantized too\n"
-        "bitsandbytes: LLM.int8() by bitsandbytes' kernels (extra promptshard[bitsandbytes])\n"
-        "dequantize: exact to the stored weights",
+    matmul: Literal["auto", "int8", "int8x2", "int8_outliers", "bitsandbytes", "dequantize"] = (
+        Field(
+            "auto",
+            description="how int8 weights are multiplied\n"
+            "auto: the fastest in training (by timing on a GPU, by hidden size and CPU otherwise)\n"
+            "int8: activations are quantized too, in training to 8 bits, in scoring and generation "
+            "to 16 (two int8 terms)\n"
+            "int8x2: activations are quantized to 16 bits in training, too\n"
+            "int8_outliers: all activations but the largest are quantized to 8 bits\n"
+            "bitsandbytes: LLM.int8() by bitsandbytes' kernels (extra promptshard[bitsandbytes])\n"
+            "dequantize: exact to the stored weights",
+        )
     )
     outlier_threshold: PositiveFloat = Field(
         6.0,

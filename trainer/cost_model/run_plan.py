@@ -261,6 +261,10 @@ def placed_option(
         limited = "inter-node fabric" if inter > intra else "intra-node fabric"
     load = needs.stored_bytes * min(1.0, node_sizes[0] / group) / STORAGE_RATE
     generated = world * GENERATION_BATCHES * budget.tokens
+    # Scoring has no backward, but its int8 products have two terms (trainer.model.layers).
+    int8 = int8_product_seconds(needs, device, cost)
+    terms = 3 if needs.config.base.matmul == "int8x2" else 2  # int8 products of a step
+    forward = (seconds + (4 - terms) * int8 / 2) / 2
     return Option(
         group,
         fits,
@@ -273,7 +277,7 @@ def placed_option(
         limited,
         cost.flops / (seconds * device.peak_flops),
         load,
-        phase_seconds(needs, device, seconds, useful, load, generated),
+        phase_seconds(needs, device, seconds, forward / useful, load, generated),
         world,
     )
 
@@ -283,14 +287,12 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
     if not device.on_cpu:
         return cost.flops / device.flops
     sizes, settings, stored = needs.sizes, needs.config.base, [*needs.base.weights, needs.base.head]
-    int8 = settings.quantization == "int8" and device.int8_flops is not None
-    if settings.matmul == "auto":
-        int8 = int8 and sizes.hidden >= INT8_MATMUL_MIN_HIDDEN
-    elif settings.matmul == "dequantize":
-        int8 = False
-    rate = device.int8_flops if int8 and device.int8_flops else device.flops
+    int8 = int8_product_seconds(needs, device, cost)
+    linear = int8 or cost.linear_flops / device.flops
+    if settings.matmul == "int8x2":
+        linear *= 1.5  # two products in forward, one in backward
     head = cost.flops - cost.linear_flops - cost.attention_flops
-    products = cost.linear_flops / rate + head / device.flops
+    products = linear + head / device.flops
     attention = cost.attention_flops / (CPU_ATTENTION_SHARE * device.flops)
     # Weights in another type are converted in forward and in backward.
     converted = sum(
@@ -306,6 +308,17 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
     if checkpointing:
         between *= CPU_RECOMPUTED
     return products + attention + between + 2 * cost.micro_batches * converted / device.loop_rate
+
+
+def int8_product_seconds(needs: RunNeeds, device: Device, cost: StepCost) -> float:
+    """Seconds of a step's int8 products of one term on a CPU; 0 if there are none."""
+    settings = needs.config.base
+    if not device.on_cpu or device.int8_flops is None or settings.quantization != "int8":
+        return 0.0
+    fast = settings.matmul != "auto" or needs.sizes.hidden >= INT8_MATMUL_MIN_HIDDEN
+    return (
+        cost.linear_flops / device.int8_flops if fast and settings.matmul != "dequantize" else 0.0
+    )
 
 
 def _mean_cost(

@@ -20,17 +20,17 @@ CANDIDATES, FEWEST_CANDIDATES = 64, 8
 
 
 def phase_seconds(
-    needs: RunNeeds, device: Device, step: float, useful: float, load: float, batch_tokens: int
+    needs: RunNeeds, device: Device, step: float, forward: float, load: float, batch_tokens: int
 ) -> dict[str, float]:
     """Seconds of each phase of a run.
 
     Args:
-        step: seconds of one update of all prompts, which reads ``useful`` tokens.
+        step: seconds of one update of all prompts.
+        forward: seconds of scoring one token.
         batch_tokens: of the batches of generation of all ranks.
     """
     config, prompts = needs.config, needs.config.prompts
     each = step / len(prompts)  # of one update of one prompt
-    forward = step / useful / 2  # of one token, in forward only
     steps = _prompt_steps(config)
     validations = [len(config.evaluation.validated(config.prompt_steps(p))) for p in prompts]
     scored = sum(_init_candidates(config, prompt) for prompt in prompts)

@@ -69,7 +69,8 @@ class Arm:
 def settings() -> list[Setting]:
     """Return the settings to compare: not quantized, int8 with exact products, all other int8."""
     products = get_args(Base.model_fields["matmul"].annotation)
-    others = [value for value in products if value not in ("auto", EXACT)]
+    # Without gradients, int8x2 is int8.
+    others = [value for value in products if value not in ("auto", "int8x2", EXACT)]
     return [Setting("none", EXACT), *(Setting("int8", matmul) for matmul in (EXACT, *others))]
 
 

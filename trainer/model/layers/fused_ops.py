@@ -38,7 +38,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from trainer.model.layers.activations import ACTIVATIONS, gated, gated_backward
 from trainer.model.layers.compilation import fused_loop
 from trainer.model.layers.int8_blocks import SharedInput, int8_gated_mlp
-from trainer.model.layers.int8_matmul import Product
+from trainer.model.layers.int8_matmul import Product, Terms
 from trainer.model.layers.linear import FrozenLinear
 
 #: Layers of a gated MLP, and those of an attention whose input is the same.
@@ -176,11 +176,12 @@ class RecomputedGatedMLP(FusedModule):
     """``down(act(gate(x)) * up(x))``.
 
     Attributes:
-        int8: the three layers multiply in int8, and what is between the products is fused too.
+        int8_terms: set if the three layers multiply in int8; what is between the products is fused
+            then, too.
     """
 
     operation = "gated MLP"
-    int8 = False
+    int8_terms: Terms | None = None
     act_fn: nn.Module
     gate_proj: Any
     up_proj: Any
@@ -190,9 +191,9 @@ class RecomputedGatedMLP(FusedModule):
         kind = ACTIVATIONS[type(self.act_fn)]
         layers = self.gate_proj, self.up_proj, self.down_proj
         # Hooks of layers, such as those of a LoRA adapter, are called by the layers only.
-        if self.int8 and not any(p._forward_hooks or p._forward_pre_hooks for p in layers):
+        if self.int8_terms and not any(p._forward_hooks or p._forward_pre_hooks for p in layers):
             gate, up, down = (layer.matrix for layer in layers)
-            return int8_gated_mlp(x, gate, up, down, kind)
+            return int8_gated_mlp(x, gate, up, down, kind, self.int8_terms)
         inner = _Gated.apply(self.gate_proj(x), self.up_proj(x), kind, self.compiled)
         y: Tensor = self.down_proj(inner)
         return y
@@ -296,11 +297,12 @@ def compile_fused_operations(model: nn.Module) -> None:
             module.compiled = True
 
 
-def fuse_int8_layers(model: nn.Module, product: Product) -> None:
+def fuse_int8_layers(model: nn.Module, product: Product, terms: Terms) -> None:
     """Fuse what is between the int8 products of fused modules.
 
     Args:
         product: that of all layers concerned: ``int8_matmul`` without a threshold.
+        terms: those of ``product``.
     """
 
     def joinable(module: nn.Module, names: Sequence[str], *, bias: bool) -> list[FrozenLinear]:
@@ -311,10 +313,10 @@ def fuse_int8_layers(model: nn.Module, product: Product) -> None:
 
     for module in model.modules():
         if isinstance(module, RecomputedGatedMLP):
-            module.int8 = bool(joinable(module, MLP_LAYERS, bias=False))
+            module.int8_terms = terms if joinable(module, MLP_LAYERS, bias=False) else None
         elif isinstance(module, RecomputedRotaryAttention):
             layers = joinable(module, QKV_LAYERS, bias=True)
-            shared = SharedInput([layer.matrix for layer in layers])
+            shared = SharedInput([layer.matrix for layer in layers], terms)
             for index, layer in enumerate(layers):
                 layer.product = partial(shared.product, index)
 

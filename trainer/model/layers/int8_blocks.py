@@ -20,6 +20,7 @@ from trainer.model.layers.activations import gated, gated_backward
 from trainer.model.layers.compilation import fused_loop
 from trainer.model.layers.int8_matmul import (
     Matrix,
+    Terms,
     int_product,
     quantize,
     quantize_scaled,
@@ -28,21 +29,24 @@ from trainer.model.layers.int8_matmul import (
 )
 
 
-def int8_products(x: Tensor, matrices: Sequence[Matrix]) -> tuple[Tensor, ...]:
+def int8_products(x: Tensor, matrices: Sequence[Matrix], terms: Terms) -> tuple[Tensor, ...]:
     """Compute ``x @ W.T`` for several int8 matrices, as ``int8_matmul`` without a threshold."""
-    ys_TN: tuple[Tensor, ...] = _Int8Products.apply(x.flatten(0, -2), tuple(matrices))
+    ys_TN: tuple[Tensor, ...] = _Int8Products.apply(x.flatten(0, -2), tuple(matrices), terms() == 2)
     return tuple(y_TN.unflatten(0, x.shape[:-1]) for y_TN in ys_TN)
 
 
-def int8_gated_mlp(x: Tensor, gate: Matrix, up: Matrix, down: Matrix, kind: str) -> Tensor:
+def int8_gated_mlp(
+    x: Tensor, gate: Matrix, up: Matrix, down: Matrix, kind: str, terms: Terms
+) -> Tensor:
     """Compute ``down(act(gate(x)) * up(x))`` with three int8 matrices.
 
     Saves the outputs of ``gate`` and ``up``.
 
     Args:
         kind: activation, as in ``activations.ACTIVATIONS``.
+        terms: as in ``int8_matmul``.
     """
-    y_TK: Tensor = _Int8GatedMLP.apply(x.flatten(0, -2), gate, up, down, kind)
+    y_TK: Tensor = _Int8GatedMLP.apply(x.flatten(0, -2), gate, up, down, kind, terms() == 2)
     return y_TK.unflatten(0, x.shape[:-1])
 
 
@@ -53,15 +57,17 @@ class SharedInput:
     another tensor computes all products of that tensor.
     """
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, matrices: Sequence[Matrix], terms: Terms) -> None:
         self._matrices = tuple(matrices)
+        self._terms = terms
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
     def product(self, index: int, x: Tensor, _: Matrix) -> Tensor:
         """Return ``x @ W.T`` for the layer with this index, whose matrix is known."""
         if self._input is not x or index not in self._outputs:
-            self._input, self._outputs = x, dict(enumerate(int8_products(x, self._matrices)))
+            products = int8_products(x, self._matrices, self._terms)
+            self._input, self._outputs = x, dict(enumerate(products))
         y = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
@@ -70,25 +76,27 @@ class SharedInput:
 
 class _Int8Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, matrices: tuple[Matrix, ...]) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x_TK: Tensor, matrices: tuple[Matrix, ...], twice: bool
+    ) -> tuple[Tensor, ...]:
         ctx.matrices, ctx.dtype = matrices, x_TK.dtype
         ctx.set_materialize_grads(False)
-        int8_TK, scale_T1 = fused_loop(quantize, x_TK)(x_TK.detach())
+        int8_TK, scale_T1 = fused_loop(quantize, x_TK)(x_TK.detach(), twice)
         products, scales = [], []
         for matrix in matrices:
             weight_NK, scale_N = _int8(matrix)
             products.append(int_product(int8_TK, weight_NK.T))
             scales.append(scale_N)
         ys: tuple[Tensor, ...] = fused_loop(_scale_each, products[0])(
-            products, scale_T1, scales, x_TK.dtype
+            products, scale_T1, scales, x_TK.dtype, twice
         )
         return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None
+            return None, None, None
         products, scales = [], []
         for matrix, dy_TN in zip(ctx.matrices, grads, strict=True):
             if dy_TN is not None:
@@ -96,16 +104,16 @@ class _Int8Products(torch.autograd.Function):
                 int8_TN, scale_T1 = fused_loop(quantize_scaled, dy_TN)(dy_TN, scale_N)
                 products.append(int_product(int8_TN, weight_NK))
                 scales.append(scale_T1)
-        return _sum_scaled(products, scales, ctx.dtype) if products else None, None
+        return _sum_scaled(products, scales, ctx.dtype) if products else None, None, None
 
 
 class _Int8GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TK: Tensor, gate: Matrix, up: Matrix, down: Matrix, kind: str
+        ctx: Any, x_TK: Tensor, gate: Matrix, up: Matrix, down: Matrix, kind: str, twice: bool
     ) -> Tensor:
         ctx.matrices, ctx.kind = (gate, up, down), kind
-        int8_TK, scale_T1 = fused_loop(quantize, x_TK)(x_TK.detach())
+        int8_TK, scale_T1 = fused_loop(quantize, x_TK)(x_TK.detach(), twice)
         (gate_NK, gate_scale_N), (up_NK, up_scale_N) = _int8(gate), _int8(up)
         gate_product_TN = int_product(int8_TK, gate_NK.T)
         gate_TN, up_TN, int8_TN, inner_scale_T1 = fused_loop(_gate_and_quantize, gate_product_TN)(
@@ -116,11 +124,12 @@ class _Int8GatedMLP(torch.autograd.Function):
             up_scale_N,
             x_TK.dtype,
             kind,
+            twice,
         )
         ctx.save_for_backward(gate_TN, up_TN)
         down_KN, down_scale_K = _int8(down)
         y_TK: Tensor = fused_loop(scale_rows_and_columns, x_TK)(
-            int_product(int8_TN, down_KN.T), inner_scale_T1, down_scale_K, x_TK.dtype
+            int_product(int8_TN, down_KN.T), inner_scale_T1, down_scale_K, x_TK.dtype, twice
         )
         return y_TK
 
@@ -128,7 +137,7 @@ class _Int8GatedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TK: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return (None,) * 5
+            return (None,) * 6
         gate_TN, up_TN = ctx.saved_tensors
         (gate_NK, gate_scale_N), (up_NK, up_scale_N), (down_KN, down_scale_K) = map(
             _int8, ctx.matrices
@@ -146,7 +155,7 @@ class _Int8GatedMLP(torch.autograd.Function):
             ctx.kind,
         )
         products = [int_product(gate_int8_TN, gate_NK), int_product(up_int8_TN, up_NK)]
-        return _sum_scaled(products, [of_gate_T1, of_up_T1], dy_TK.dtype), None, None, None, None
+        return _sum_scaled(products, [of_gate_T1, of_up_T1], dy_TK.dtype), *(None,) * 5
 
 
 def _int8(matrix: Matrix) -> tuple[Tensor, Tensor]:
@@ -156,10 +165,14 @@ def _int8(matrix: Matrix) -> tuple[Tensor, Tensor]:
 
 
 def _scale_each(
-    products: list[Tensor], scale_T1: Tensor, scales: list[Tensor], dtype: torch.dtype
+    products: list[Tensor],
+    scale_T1: Tensor,
+    scales: list[Tensor],
+    dtype: torch.dtype,
+    twice: bool,
 ) -> tuple[Tensor, ...]:
     return tuple(
-        scale_rows_and_columns(product_TN, scale_T1, scale_N, dtype)
+        scale_rows_and_columns(product_TN, scale_T1, scale_N, dtype, twice)
         for product_TN, scale_N in zip(products, scales, strict=True)
     )
 
@@ -185,10 +198,11 @@ def _gate_and_quantize(
     up_scale_N: Tensor,
     dtype: torch.dtype,
     kind: str,
+    twice: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gate_TN = scale_rows_and_columns(gate_product_TN, scale_T1, gate_scale_N, dtype)
-    up_TN = scale_rows_and_columns(up_product_TN, scale_T1, up_scale_N, dtype)
-    return gate_TN, up_TN, *quantize(gated(gate_TN, up_TN, kind))
+    gate_TN = scale_rows_and_columns(gate_product_TN, scale_T1, gate_scale_N, dtype, twice)
+    up_TN = scale_rows_and_columns(up_product_TN, scale_T1, up_scale_N, dtype, twice)
+    return gate_TN, up_TN, *quantize(gated(gate_TN, up_TN, kind), twice)
 
 
 def _gate_backward_and_quantize(

@@ -1,10 +1,11 @@
-"""Products with a frozen matrix: dequantized, in int8, and in int8 without outliers.
+"""Products with a frozen matrix: dequantized, in int8 of one or two terms, and without outliers.
 
 ``dx = dy @ W`` needs only the weight, and autograd saves a function that returns the weight instead
 of the tensor. ZeRO-3 frees the weight after forward and gathers it again before backward; saving
 the tensor would keep it in memory.
 
-Shape letters: T tokens, K input features, N output features, C outlier features.
+Shape letters: T tokens, K input features, N output features, C outlier features, S terms of an
+activation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from trainer.model.layers.quantization import INT8_MAX
 
 #: Smallest divisor, for rows of zeros.
 TINY = 1e-30
+#: One int8 step of the first term of an activation, in steps of the second.
+SECOND_TERM = 2 * INT8_MAX
 #: Largest number of int8 products whose sum always fits in int32.
 MAX_INNER = (2**31 - 1) // int(INT8_MAX) ** 2
 #: On a GPU, sizes are padded to multiples of this: ``torch._int_mm`` requires 8; 16 is faster.
@@ -33,6 +36,17 @@ MIN_ROWS = 32
 Matrix = Callable[[], tuple[Tensor, Tensor | None]]
 #: Computes ``x @ W.T``.
 Product = Callable[[Tensor, Matrix], Tensor]
+#: Returns the number of int8 terms of an activation in the next product: 1 or 2.
+Terms = Callable[[], int]
+
+
+def one_term_for_gradients() -> int:
+    """One term in training, where speed counts; two where no gradient is recorded."""
+    return 1 if torch.is_grad_enabled() else 2
+
+
+def two_terms() -> int:
+    return 2
 
 
 def frozen_matmul(x: Tensor, matrix: Matrix) -> Tensor:
@@ -70,15 +84,23 @@ def exact_input_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
     return dy @ weight_NK.to(dy.dtype)
 
 
-def int8_matmul(x: Tensor, matrix: Matrix, threshold: float | None = None) -> Tensor:
+def one_term() -> int:
+    return 1
+
+
+def int8_matmul(
+    x: Tensor, matrix: Matrix, threshold: float | None = None, terms: Terms = one_term
+) -> Tensor:
     """Compute ``x @ W.T`` and its input-gradient with both factors in int8.
 
     Args:
         threshold: values of x with a larger magnitude are multiplied by the dequantized weight
             (LLM.int8(), arXiv 2208.07339, section 3); None: all values are quantized.
+        terms: 1: x is rounded to int8. 2: the remainder is rounded to int8, too, and x has about
+            16 bits, for a second integer product. The gradient of y always has one term.
     """
     # Reshaped here: OLMo modifies the result in place, which views from a Function do not allow.
-    y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold)
+    y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold, terms() == 2)
     return y_TN.unflatten(0, x.shape[:-1])
 
 
@@ -88,7 +110,8 @@ class _Int8Matmul(torch.autograd.Function):
     ``y = int_mm(q(x), W.T) * s_x * s_W`` (LLM.int8(), arXiv 2208.07339, section 2.1) and
     ``dx = int_mm(q(dy * s_W), W) * s`` (SwitchBack, arXiv 2304.13013, section 2, also trains with
     8-bit input-gradients). Integer sums are exact, so only the two roundings cause errors, about
-    1% for a Gaussian row.
+    1% for a Gaussian row, and more for a row with outliers. A second term of x divides the error of
+    x by 254, so that the stored weights alone decide the result.
 
     With a threshold, the product of the outliers is added in forward. The paper treats a feature
     as an outlier for all rows of a batch; here each row separates only its own outliers, so that
@@ -96,21 +119,23 @@ class _Int8Matmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, matrix: Matrix, threshold: float | None) -> Tensor:
+    def forward(
+        ctx: Any, x_TK: Tensor, matrix: Matrix, threshold: float | None, twice: bool
+    ) -> Tensor:
         ctx.matrix = matrix
         weight_NK, scale_N = matrix()
         assert scale_N is not None
         # Detached: requires_grad is a compilation guard, which would cause a second compilation.
         rows_TK = x_TK.detach()
         if threshold is None:
-            int8_TK, scale_T1 = fused_loop(quantize, rows_TK)(rows_TK)
+            int8_TK, scale_T1 = fused_loop(quantize, rows_TK)(rows_TK, twice)
         else:
             int8_TK, scale_T1, is_outlier_K = fused_loop(_quantize_inliers, rows_TK)(
                 rows_TK, threshold
             )
         product_TN = int_product(int8_TK, weight_NK.T)
         scale = fused_loop(scale_rows_and_columns, product_TN)
-        y_TN = scale(product_TN, scale_T1, scale_N, x_TK.dtype)
+        y_TN = scale(product_TN, scale_T1, scale_N, x_TK.dtype, twice)
         if threshold is not None:
             features_C = is_outlier_K.nonzero().flatten()
             if len(features_C) > 0:
@@ -121,14 +146,14 @@ class _Int8Matmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None
+            return None, None, None, None
         weight_NK, scale_N = ctx.matrix()
         int8_TN, scale_T1 = fused_loop(quantize_scaled, dy_TN)(dy_TN, scale_N)
         product_TK = int_product(int8_TN, weight_NK)
         dx_TK = fused_loop(scale_rows, product_TK)(product_TK, scale_T1, dy_TN.dtype)
-        return dx_TK, None, None
+        return dx_TK, None, None, None
 
 
 def int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
@@ -159,11 +184,21 @@ def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
 
 
-def quantize(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows and their fp32 scales [T, 1]; NaN or infinite values propagate to the scale."""
+def quantize(x_TK: Tensor, twice: bool = False) -> tuple[Tensor, Tensor]:
+    """int8 rows and their fp32 scales [T, 1]; NaN or infinite values propagate to the scale.
+
+    Returns:
+        [T, K], or [2 T, K] if ``twice``: the rows, then their remainders in units of
+        ``scale / SECOND_TERM``.
+    """
     x_TK = x_TK.float()
     scale_T1 = x_TK.abs().amax(-1, keepdim=True) / INT8_MAX
-    return torch.round(x_TK / scale_T1.clamp_min(TINY)).to(torch.int8), scale_T1
+    steps_TK = x_TK / scale_T1.clamp_min(TINY)
+    first_TK = torch.round(steps_TK)
+    if not twice:
+        return first_TK.to(torch.int8), scale_T1
+    second_TK = torch.round((steps_TK - first_TK) * SECOND_TERM)
+    return torch.cat([first_TK, second_TK]).to(torch.int8), scale_T1
 
 
 def _quantize_inliers(x_TK: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,10 +216,13 @@ def quantize_scaled(dy_TN: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_rows_and_columns(
-    product_TN: Tensor, scale_T1: Tensor, scale_N: Tensor, dtype: torch.dtype
+    product_TN: Tensor, scale_T1: Tensor, scale_N: Tensor, dtype: torch.dtype, twice: bool = False
 ) -> Tensor:
-    """Dequantize an integer product."""
-    return (product_TN.float() * scale_T1 * scale_N).to(dtype)
+    """Dequantize an integer product of ``quantize``, [T, N] or [2 T, N], to [T, N]."""
+    sum_TN = product_TN[: len(scale_T1)].float()
+    if twice:
+        sum_TN = sum_TN + product_TN[len(scale_T1) :].float() / SECOND_TERM
+    return (sum_TN * scale_T1 * scale_N).to(dtype)
 
 
 def scale_rows(product_TK: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:

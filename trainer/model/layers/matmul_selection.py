@@ -18,12 +18,28 @@ from torch import Tensor, nn
 
 from trainer.model.layers.bitsandbytes_matmul import bitsandbytes_matmul, missing_library
 from trainer.model.layers.fused_ops import fuse_int8_layers
-from trainer.model.layers.int8_matmul import MAX_INNER, Matrix, Product, frozen_matmul, int8_matmul
+from trainer.model.layers.int8_matmul import (
+    MAX_INNER,
+    Matrix,
+    Product,
+    Terms,
+    frozen_matmul,
+    int8_matmul,
+    one_term,
+    one_term_for_gradients,
+    two_terms,
+)
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
 from trainer.packing.activation_memory import INT8_MATMUL_MIN_HIDDEN
 from trainer.runtime.errors import BadInput
 
+#: Terms of the activations in each kind of int8 product.
+INT8_TERMS: dict[str, Terms] = {
+    "int8": one_term_for_gradients,
+    "int8x2": two_terms,
+    "int8_outliers": one_term,
+}
 #: Result of ``resolve_matmul`` if ``measure`` selects the product.
 MEASURE = "auto"
 #: Compute capability of the first GPUs whose matrix units multiply int8 (Turing).
@@ -43,7 +59,7 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
     """Resolve ``base.matmul: auto`` as far as possible without measuring.
 
     Returns:
-        dequantize, int8, int8_outliers or bitsandbytes; ``MEASURE`` if ``measure`` must be called.
+        any other value of the setting, or ``MEASURE`` if ``measure`` must be called.
 
     Raises:
         BadInput: if an int8 product is requested, but the weights are not int8, the device does
@@ -118,8 +134,8 @@ def use_matmul(model: nn.Module, kind: str, outlier_threshold: float) -> list[st
                 too_wide.append(name)
             else:
                 layer.product = product
-    if kind == "int8":
-        fuse_int8_layers(model, product)
+    if kind in ("int8", "int8x2"):
+        fuse_int8_layers(model, product, INT8_TERMS[kind])
     return too_wide
 
 
@@ -128,7 +144,8 @@ def _product(kind: str, outlier_threshold: float) -> Product:
         return frozen_matmul
     if kind == "bitsandbytes":
         return partial(bitsandbytes_matmul, threshold=outlier_threshold)
-    return partial(int8_matmul, threshold=outlier_threshold if kind == "int8_outliers" else None)
+    threshold = outlier_threshold if kind == "int8_outliers" else None
+    return partial(int8_matmul, threshold=threshold, terms=INT8_TERMS[kind])
 
 
 def largest_shapes(model: nn.Module) -> list[tuple[int, int]]:
