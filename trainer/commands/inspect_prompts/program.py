@@ -26,6 +26,7 @@ from trainer.distributed.model_loading import load_base, open_base_on_all
 from trainer.evaluation.evaluator import Evaluator
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles, portable_name
+from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.per_layer_inputs import id_rules
 from trainer.prompts.initial_prompts import load_initial
 from trainer.prompts.peft_adapter import read_fixed_text, save_peft
@@ -68,6 +69,8 @@ def inspect(options: Options, run: SelectedRun, console: Console) -> None:
         for warning in data.warnings:
             console.warn(warning)
     base = load_base(engine, files, config, console)
+    if base.matmul == "int8":  # gradients of what is scored, not of activations of 8 bits
+        use_matmul(base.model, "int8x2", config.base.outlier_threshold)
     evaluator = Evaluator(engine, base.model, files.tokenizer, base.budget)
     subjects = [
         make_subject(
