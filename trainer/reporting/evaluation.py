@@ -127,6 +127,7 @@ OPTIONAL = ("Brier", "set-up", "bytes", "ECE", "FLOPs", "paid after", "tokens", 
 def titles(task: TaskEvaluation) -> list[str]:
     """Return the columns of a task's table, without the names of the arms."""
     calibrated = any(arm.ece is not None for arm in task.arms)
+    paid = any(arm.paid_after_queries is not None for arm in task.arms)
     return [
         task.metric.replace("_", " ").replace("f1", "F1"),
         "difference",
@@ -136,7 +137,7 @@ def titles(task: TaskEvaluation) -> list[str]:
         "FLOPs",
         "bytes",
         "set-up",
-        "paid after",
+        *(["paid after"] if paid else []),
     ]
 
 

@@ -180,7 +180,7 @@ class ArmBuilder:
         table = self.encoder.table(shown, self.task, per_choice=False)
         kept = table.rows_R.tolist()  # rows that are too long may be skipped
         if len(kept) < count:
-            raise BadInput(f"--knn {count}: there are only {len(kept)} train rows; lower it")
+            raise BadInput(f"--knn {count}: only {len(kept):,} train rows are compared; lower it")
         hashes, own = rows.hashes()[table.rows_R], self.own_rows().hashes()
         neighbors = Neighbors(
             count,
