@@ -118,7 +118,7 @@ class Meter:
         elif kind == "shares":
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
                 yield
-            result["shares"] = step_shares(prof.key_averages())
+            result["shares"] = step_shares(prof.events())
         else:
             yield
 

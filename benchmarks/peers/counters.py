@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler_util import EventList
+from torch.autograd.profiler_util import FunctionEvent
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop, sdpa_flop
 
@@ -88,18 +88,39 @@ class _Saved:
             self._counter.drop(self._storage)
 
 
+#: Parts of a step by operators, and by functions that contain operators. An operator inside
+#: attention counts as attention, whatever it does.
 KINDS = {
     "gather": ("all_gather", "allgather", "_dist_allgather", "all_reduce", "allreduce", "c10d"),
-    "attention": ("scaled_dot_product", "softmax", "aten::bmm", "baddbmm"),
-    "linear": ("aten::mm", "aten::addmm", "_int_mm", "graph_", "quantize", "aten::linear"),
+    "attention": (
+        *("scaled_dot_product", "softmax", "aten::bmm", "baddbmm"),
+        *("_SpansOnCpu", "_PackedOnCpu"),
+    ),
+    "products": ("aten::mm", "aten::addmm", "_int_mm", "aten::linear"),
+    "loops": ("CompiledFxGraph",),
 }
 
 
-def step_shares(events: EventList) -> dict[str, float]:
-    """Return the shares of a step's CPU time: gather, linear, attention, rest."""
+def part_of(event: FunctionEvent) -> str:
+    """Return the part of a step that an operator belongs to: of ``KINDS``, or rest."""
+    names, parent = [event.name], event.cpu_parent
+    while parent is not None:
+        names.append(parent.name)
+        parent = parent.cpu_parent
+    for kind, words in KINDS.items():
+        if any(word in name for word in words for name in names):
+            return kind
+    return "rest"
+
+
+def step_shares(events: Iterable[FunctionEvent]) -> dict[str, float]:
+    """Return the shares of a step's CPU time: gather, attention, products, loops, rest.
+
+    Args:
+        events: of the profiler, not averaged.
+    """
     seconds = dict.fromkeys([*KINDS, "rest"], 0.0)
     for event in events:
-        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "rest")
-        seconds[kind] += event.self_cpu_time_total
+        seconds[part_of(event)] += event.self_cpu_time_total
     total = sum(seconds.values())
     return {kind: value / total for kind, value in seconds.items()}

@@ -1,4 +1,4 @@
-"""Cost of a step: FLOPs, and the shares of linear layers, attention and head."""
+"""Cost of a step: FLOPs, and the shares of products, attention, head and loops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.counters import KINDS, FlopCounter
+from benchmarks.peers.counters import FlopCounter, part_of
 from benchmarks.unsharded_base import load_unsharded
 from trainer.data.token_table import Example
 from trainer.distributed.prefetch import prepare_batch
@@ -68,10 +68,9 @@ def _shares(work: Callable[[], None], vocabulary: int) -> dict[str, float]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
         work()
-    seconds = dict.fromkeys(("linear", "attention", "head", "rest"), 0.0)
-    for event in recorded.key_averages(group_by_input_shape=True):
-        kinds = (kind for kind, names in KINDS.items() if any(n in event.key for n in names))
-        kind = next(kinds, "rest")
+    seconds = dict.fromkeys(("products", "attention", "head", "loops", "rest"), 0.0)
+    for event in recorded.events():
+        kind = part_of(event)
         if any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list)):
             kind = "head"
         seconds[kind if kind in seconds else "rest"] += event.self_cpu_time_total
