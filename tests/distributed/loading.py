@@ -43,14 +43,18 @@ def main() -> None:
         "nan_problems": nan_problems,
         "released": released_bytes(engine, base, policy),
     }
+    base, _, policy = load(engine, folder, share_memory=True)
+    result["released_shared"] = released_bytes(engine, base, policy)
     every = engine.all_gather(result)
     if engine.is_main:
         Path(out).write_text(json.dumps({"ranks": every}))
     engine.close()
 
 
-def load(engine: Engine, folder: str) -> tuple[Any, int, dict[str, Any]]:
-    loaded = shard_base(engine, run_config(folder, "int8"))
+def load(
+    engine: Engine, folder: str, *, share_memory: bool = False
+) -> tuple[Any, int, dict[str, Any]]:
+    loaded = shard_base(engine, run_config(folder, "int8"), share_memory=share_memory)
     return loaded.model, loaded.stats.bytes_read, loaded.policy
 
 

@@ -23,20 +23,26 @@ from trainer.runtime.process import flush_and_exit
 from trainer.training.step import step_gradients
 
 OFFLOAD = "ds_configs/zero3_offload_cpu.json"
-#: name: engine's settings, bytes kept (None: what fits)
+#: name: engine's settings, bytes kept (None: what fits); "shared" ones use shared memory
 WAYS: dict[str, tuple[dict[str, Any], int | None]] = {
     "world": ({}, None),
     "pairs": ({"shard_group": 2}, None),
     "copies": ({"shard_group": 1}, None),
     "lean": ({}, 0),
     "offload": ({"deepspeed": OFFLOAD}, 0),
+    "shared": ({}, None),
+    "shared pairs": ({"shard_group": 2}, None),
+    "shared lean": ({}, 0),
 }
 
 
 def main() -> None:
     out, folder = sys.argv[1:]
     engine = Engine(120)
-    results = {name: step(engine, folder, *way) for name, way in WAYS.items()}
+    results = {
+        name: step(engine, folder, *way, share_memory="shared" in name)
+        for name, way in WAYS.items()
+    }
     gradients = {name: result.pop("gradients") for name, result in results.items()}
     for name, result in results.items():
         result["gradient_errors"] = errors(gradients[name], gradients["world"])
@@ -51,8 +57,16 @@ def main() -> None:
     engine.close()
 
 
-def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None) -> dict[str, Any]:
-    loaded = shard_base(engine, run_config(folder, "int8", **settings), placed=True)
+def step(
+    engine: Engine,
+    folder: str,
+    settings: dict[str, Any],
+    kept: int | None,
+    *,
+    share_memory: bool = False,
+) -> dict[str, Any]:
+    config = run_config(folder, "int8", **settings)
+    loaded = shard_base(engine, config, placed=True, share_memory=share_memory)
     base, placement = loaded.model, loaded.placement
     assert placement is not None
     module = engine.attach(base, loaded.policy, placement.kept_bytes if kept is None else kept)
@@ -69,7 +83,7 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
         result = step_gradients(engine, module, packed_rows, prompts, max_tokens=max_tokens)
         exchanged.append(engine.exchanged_bytes - rows)
         gathered.append(engine.gathered_bytes - before - exchanged[-1])
-    group = next(base.parameters()).ds_process_group  # type: ignore[attr-defined]
+    some: Any = next(base.parameters())
     return {
         "losses": result.losses,
         "gradients": result.gradients,
@@ -79,7 +93,8 @@ def step(engine: Engine, folder: str, settings: dict[str, Any], kept: int | None
         "gathered": gathered,
         "exchanged": exchanged,
         "live_layers": max(live) / sum(p.ds_numel for p in layers[0].parameters()),
-        "group": dist.get_process_group_ranks(group),
+        "group": dist.get_process_group_ranks(some.ds_process_group),
+        "shares_memory": some.shared_shards is not None,
         "layer_bytes": sum(p.ds_numel * p.ds_tensor.element_size() for p in base.parameters()),
         "table_bytes": base.model.get_output_embeddings().table_bytes,
         "digest_kept": base_digest(base) == digest,

@@ -57,12 +57,14 @@ def shard_base(
     checkpointing: bool = False,
     placed: bool = False,
     keep_small: bool = True,
+    share_memory: bool = False,
 ) -> ShardedBase:
     """Load a base in fp32.
 
     Args:
         placed: place it as the run file's engine settings request.
         keep_small: keep vectors unsharded on every rank, as a run does.
+        share_memory: as in ``Engine.sharder``.
     """
     files = open_base(config.base)
     skeleton = build_meta_model(files, config.base, torch.float32, engine.device)
@@ -76,7 +78,7 @@ def shard_base(
         files,
         dtype=torch.float32,
         device=engine.device,
-        sharder=engine.sharder(policy, group_size),
+        sharder=engine.sharder(policy, group_size, share_memory=share_memory),
         checkpointing=checkpointing,
     )
     return ShardedBase(model, policy, stats, placement, expected_bytes)

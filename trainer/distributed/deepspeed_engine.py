@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import socket
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from trainer.config import RunConfig, parse_bytes
 from trainer.distributed.collectives import Ranks
 from trainer.distributed.placement import AUTO_SHARE, Placement, place
+from trainer.distributed.shared_shards import SharedShards
 from trainer.distributed.zero3_sharder import (
     Zero3Sharder,
     base_size,
@@ -131,13 +133,21 @@ class Engine(Ranks):
             flexible=setting == "auto" and not offload,
         )
 
-    def sharder(self, policy: dict[str, Any], group_size: int | None = None) -> Zero3Sharder:
+    def sharder(
+        self,
+        policy: dict[str, Any],
+        group_size: int | None = None,
+        *,
+        share_memory: bool = False,
+    ) -> Zero3Sharder:
         """Return the object that builds this rank's shards of the base.
 
         Args:
             group_size: number of consecutive ranks that hold one copy; None for all ranks.
+            share_memory: on a CPU, hold the shards in shared memory if all ranks of every group
+                can read it, and gather by copies from there.
         """
-        group = None
+        group = shared = None
         self._group_size = group_size or self.world_size
         if group_size not in (None, self.world_size):
             for first in range(0, self.world_size, group_size):
@@ -147,20 +157,35 @@ class Engine(Ranks):
         zero_init = deepspeed.zero.Init(
             module=nn.Module(), config_dict_or_path=policy, data_parallel_group=group
         )
-        return Zero3Sharder(self, zero_init)
+        if share_memory and self.device.type == "cpu" and self._group_size > 1:
+            first = self.rank - self.rank % self._group_size
+            ranks = range(first, first + self._group_size)
+            shared = SharedShards.open(self.rank, ranks, self.all_gather)
+        return Zero3Sharder(self, zero_init, shared)
 
     def pin_memory(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to page-locked host memory."""
         pinned: Tensor = get_accelerator().pin_memory(tensor)
         return pinned
 
-    def set_shard(self, parameter: Any, shard: Tensor) -> None:
-        """Mark a converted parameter as partitioned, with ``shard`` as this rank's part."""
+    def set_shard(self, parameter: Any, shard: Tensor, shared: SharedShards | None = None) -> None:
+        """Mark a converted parameter as partitioned, with ``shard`` as this rank's part.
+
+        Args:
+            shared: holds the shard, and gathers the parameter instead of DeepSpeed.
+        """
+        parameter.shared_shards = shared
+        if shared is not None:
+            parameter.all_gather_coalesced = self._gather_shared
         parameter.ds_tensor = shard
         parameter.ds_tensor.ds_numel = shard.numel()
         parameter.ds_tensor.status = partition_parameters.PartitionedParamStatus.AVAILABLE
         parameter.ds_tensor.final_location = None
         parameter.ds_status = partition_parameters.ZeroParamStatus.NOT_AVAILABLE
+
+    def _gather_shared(self, parameters: Iterable[Any], **_: object) -> _SharedGather:
+        """Replacement of DeepSpeed's ``all_gather_coalesced`` for shards in shared memory."""
+        return _SharedGather(self, list(parameters))
 
     def attach(
         self,
@@ -248,10 +273,13 @@ class Engine(Ranks):
         """
         self.end_step()
         self._kept, self._heads, self.kept_bytes = [], [], 0
-        for tensor in [*resident_tensors(base), *base.parameters()]:
+        parameters: list[Any] = list(base.parameters())
+        for shared in {p.shared_shards for p in parameters} - {None}:
+            shared.close()
+        for tensor in [*resident_tensors(base), *parameters]:
             storage = tensor.untyped_storage()
             tensor.data = tensor.data.new_empty(0)
-            if storage.resizable():  # views share it; pinned memory is not resizable
+            if storage.resizable():  # views share it; pinned or shared memory is not resizable
                 storage.resize_(0)
         if self.device.type != "cpu":
             get_accelerator().empty_cache()
@@ -332,6 +360,32 @@ class Engine(Ranks):
             return gather(input_tensor, output_tensor, group)
 
         partition_parameters._dist_allgather_fn = counted
+
+
+class _SharedGather:
+    """Handle of parameters whose shards are in shared memory, as ``AllGatherCoalescedHandle``.
+
+    They are copied when the handle is waited for: earlier copies would not overlap with products,
+    which use the same core, and would take memory for longer.
+    """
+
+    def __init__(self, engine: Engine, parameters: Sequence[Any]) -> None:
+        self._engine, self._parameters = engine, parameters
+        for parameter in parameters:
+            if parameter.ds_status != partition_parameters.ZeroParamStatus.NOT_AVAILABLE:
+                raise RuntimeError(parameter.ds_summary())
+            parameter.ds_status = partition_parameters.ZeroParamStatus.INFLIGHT
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        if self._parameters:
+            self._engine.tracker.begin("gather of base weights from shared memory")
+        for parameter in self._parameters:
+            shard = parameter.ds_tensor
+            flat = parameter.shared_shards.gather(shard)
+            parameter.data = flat[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.ds_status = partition_parameters.ZeroParamStatus.AVAILABLE
+            self._engine.gathered_bytes += flat.nbytes - shard.nbytes
+        self._parameters = ()
 
 
 def compute_dtype(setting: str, device: torch.device) -> torch.dtype:

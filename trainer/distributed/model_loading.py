@@ -12,6 +12,7 @@ from trainer.config import Base, RunConfig
 from trainer.distributed.deepspeed_config import resolve_policy
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.placement import Placement
+from trainer.distributed.shared_shards import LEAST_BYTES
 from trainer.model.attention.interface import resolve_attention
 from trainer.model.base_tokenizer import local_path
 from trainer.model.checkpoint_files import BaseFiles, open_base
@@ -159,7 +160,9 @@ def load_base(
             files,
             dtype=dtype,
             device=engine.device,
-            sharder=engine.sharder(policy, placement.group_size),
+            sharder=engine.sharder(
+                policy, placement.group_size, share_memory=files.num_bytes >= LEAST_BYTES
+            ),
             checkpointing=budget.checkpointing,
             progress=bar.advance,
         )

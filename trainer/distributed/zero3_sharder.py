@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.distributed.placement import BaseSize
+from trainer.distributed.shared_shards import SharedShards
 from trainer.distributed.watchdog import CollectiveTracker
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.lm_head import FrozenHead
@@ -36,7 +37,7 @@ class ZeroEngine(Protocol):
 
     def pin_memory(self, tensor: Tensor) -> Tensor: ...
 
-    def set_shard(self, parameter: Any, shard: Tensor) -> None: ...
+    def set_shard(self, parameter: Any, shard: Tensor, shared: SharedShards | None) -> None: ...
 
 
 class ShardGroup:
@@ -93,8 +94,11 @@ class Zero3Sharder:
     converts parameters; their shards are set directly.
     """
 
-    def __init__(self, engine: ZeroEngine, zero_init: Any) -> None:
-        self._engine, self._init = engine, zero_init
+    def __init__(
+        self, engine: ZeroEngine, zero_init: Any, shared: SharedShards | None = None
+    ) -> None:
+        """Without ``shared``, shards are in memory of this rank alone."""
+        self._engine, self._init, self._shared = engine, zero_init, shared
         self._group = zero_init.ds_process_group
         self._rank, self._ranks = zero_init.rank, zero_init.dp_world_size
         self.exchange: RowExchange | None = None
@@ -108,6 +112,8 @@ class Zero3Sharder:
         return start, min(start + size, num_elements)
 
     def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
+        if self._shared is not None and unit == 1:  # rows of tables are exchanged, not gathered
+            return self._shared.allocate(self._shard_size(num_elements, unit), dtype)
         device = str(self._init.remote_device)
         shard = torch.empty(self._shard_size(num_elements, unit), dtype=dtype, device=device)
         start, stop = self.bounds(num_elements, unit)
@@ -122,7 +128,7 @@ class Zero3Sharder:
         expanded = torch.empty((), dtype=shard.dtype, device=device).expand(parameter.shape)
         torch.utils.swap_tensors(parameter, nn.Parameter(expanded, requires_grad=False))
         self._init._convert_to_deepspeed_param(parameter)
-        self._engine.set_shard(parameter, shard)
+        self._engine.set_shard(parameter, shard, self._shared)
         zero: Any = parameter  # has DeepSpeed's attributes from now on
         zero.ds_numel_aligned = shard.numel() * self._ranks
         zero.data = torch.empty(0, dtype=shard.dtype, device=device)
