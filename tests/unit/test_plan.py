@@ -31,11 +31,11 @@ from trainer.cost_model.hardware import (
     read_hardware,
 )
 from trainer.cost_model.run_needs import needs_of_row_tokens
-from trainer.cost_model.run_plan import RunPlan, plan_run
+from trainer.cost_model.run_plan import Option, RunPlan, plan_run
 from trainer.distributed.zero3_sharder import base_size, expected_base_bytes
 from trainer.model import hub
 from trainer.model.checkpoint_files import open_base
-from trainer.model.cpu_rates import CpuRates
+from trainer.model.cpu_rates import CpuRates, measure_cpu
 from trainer.model.meta_model import build_meta_model
 from trainer.reporting.planned import PlanComparison, as_summary
 from trainer.runtime.console import Console
@@ -155,6 +155,43 @@ def test_int8_products_of_a_cpu_are_faster_where_a_run_uses_them(run_file: Path)
     assert seconds(exact, **fast) == seconds(exact) == seconds()
     assert seconds(other, **fast) == seconds(other)
     assert seconds(loop_rate=1e10) > seconds()
+
+
+def test_cpu_ranks_of_a_node_gather_large_bases_from_shared_memory(run_file: Path) -> None:
+    def option(stored: float, nodes: list[int], **rates: Any) -> Option:
+        config = load(run_file, ["engine.shard_group=world"])
+        device = replace(cpu_device(2, CpuRates(1e11, 4e11, 2e10, 1e10, 4e9)), **rates)
+        base, text, _ = open_base_shape(config.base, device.itemsize)
+        needs = needs_of_row_tokens(config, 512, base, text, int(stored))
+        return plan_run(needs, device, nodes).options[-1]
+
+    shared, sent = option(16e9, [2]), option(16e9, [2], shared_rate=None)
+    layers = shared.cost.gathered_bytes - shared.cost.exchanged_bytes
+    assert layers > 0
+    assert shared.step_seconds - sent.step_seconds == pytest.approx(
+        2 * layers / 4e9 - layers / (1e10 / 4), rel=1e-6
+    )
+    for stored, nodes in ((0.9e9, [2]), (16e9, [1, 1])):  # by messages
+        times = [option(stored, nodes, shared_rate=rate).step_seconds for rate in (4e9, None)]
+        assert times[0] == times[1]
+
+
+def test_a_cpu_converts_no_weights_for_int8_products(run_file: Path) -> None:
+    def activations(**rates: Any) -> int:
+        config = load(run_file)
+        device = replace(cpu_device(2, CpuRates(1e11, 4e11, 2e10, 1e10)), **rates)
+        base, text, stored = open_base_shape(config.base, device.itemsize)
+        needs = needs_of_row_tokens(config, 512, base, text, stored)
+        return plan_run(needs, device, [2]).options[-1].bytes.activations
+
+    copies = 2 * 4 * 4096 * 14_336  # of the largest matrix, in fp32
+    assert activations(int8_flops=None) - activations() == copies
+
+
+def test_rates_of_this_cpu_are_measured() -> None:
+    rates = measure_cpu()
+    assert rates.shared_rate is not None
+    assert min(rates.float_flops, rates.loop_rate, rates.copy_rate, rates.shared_rate) > 0
 
 
 def test_a_small_gpu_needs_a_larger_shard_group(run_file: Path) -> None:

@@ -29,6 +29,9 @@ COMPUTE_SHARE = 0.4
 FABRIC_SHARE = 0.8
 #: Memory of a GPU that a process cannot use: CUDA context, kernels, NCCL.
 CONTEXT_BYTES = 1_500_000_000
+#: Memory of a process on a CPU before the base is loaded, and of what is compiled later:
+#: ``benchmarks.big`` measures it as a part of the peak.
+CPU_CONTEXT_BYTES = 600_000_000
 #: Memory bandwidth of a GPU without a name, for decoding.
 DEFAULT_MEMORY_RATE = 1e12
 #: Bytes per second that a node reads from its file system.
@@ -77,10 +80,13 @@ class Device:
         link_rate: bytes per second that a device receives inside its node.
         network_rate: bytes per second that a node receives.
         itemsize: bytes per element of ``base.dtype: auto``.
-        context_bytes: memory that the process takes before the run: CUDA context, kernels, NCCL.
+        context_bytes: memory that the process takes for itself: CUDA context, kernels, NCCL; on a
+            CPU, imports and compiled operations.
         on_cpu: gathers and products share the cores, so that they do not overlap.
         int8_flops: reached rate of int8 products, on a CPU that has instructions for them.
         loop_rate: bytes per second that an element-wise operation reads and writes, on a CPU.
+        shared_rate: bytes per second that a rank gathers from shared memory, its own shard
+            included; None: not possible.
     """
 
     name: str
@@ -95,6 +101,7 @@ class Device:
     on_cpu: bool = False
     int8_flops: float | None = None
     loop_rate: float = math.inf
+    shared_rate: float | None = None
 
 
 def read_hardware(extra: Path | None = None) -> Hardware:
@@ -222,17 +229,18 @@ def cpu_device(ranks: int, rates: CpuRates) -> Device:
     memory_rate = rates.copy_rate / ranks
     return Device(
         f"CPU ({len(os.sched_getaffinity(0))} cores)",
-        int(psutil.virtual_memory().available) // ranks,
+        max(0, int(psutil.virtual_memory().available) // ranks - CPU_CONTEXT_BYTES),
         rates.int8_flops or rates.float_flops,
         rates.float_flops,
         memory_rate,
         memory_rate / 2,  # gloo writes to a socket and reads from it
         rates.copy_rate / 2,
         itemsize=4,
-        context_bytes=0,
+        context_bytes=CPU_CONTEXT_BYTES,
         on_cpu=True,
         int8_flops=rates.int8_flops,
         loop_rate=rates.loop_rate,
+        shared_rate=rates.shared_rate,
     )
 
 

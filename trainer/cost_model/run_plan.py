@@ -19,6 +19,7 @@ from trainer.cost_model.step_cost import StepCost, live_bytes, step_cost
 from trainer.cost_model.step_work import step_work
 from trainer.distributed.placement import (
     AUTO_SHARE,
+    LEAST_SHARED_BYTES,
     Placement,
     place,
     sensible_groups,
@@ -60,7 +61,7 @@ class Bytes:
         activations: of the longest packed batch, with the copies of the matrix it is multiplied by.
         head: slices of logits, as far as they exceed other temporary tensors.
         prompts: prompts, encoders, gradients, optimizer states.
-        other: CUDA context, fragments, freed memory.
+        other: memory of the process itself, fragments, freed memory.
     """
 
     base_shard: int
@@ -246,7 +247,7 @@ def placed_option(
     cost, useful = _mean_cost(needs, placement, memory, budget, world, device.itemsize)
     parts = option_bytes(needs, device, placement, memory, budget.checkpointing, cost)
     compute = compute_seconds(needs, device, cost, budget.checkpointing)
-    intra = cost.gathered_bytes / device.link_rate
+    intra = _node_seconds(needs, device, cost, group, node_sizes[0])
     inter = cost.gathered_bytes / device.network_rate if group > node_sizes[0] else 0.0
     gather = max(intra, inter)
     exposed = gather if device.on_cpu else gather / (2 * needs.sizes.layers)
@@ -286,10 +287,10 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
     """Seconds of a rank's products in a step; on a CPU, also of what is between them."""
     if not device.on_cpu:
         return cost.flops / device.flops
-    sizes, settings, stored = needs.sizes, needs.config.base, [*needs.base.weights, needs.base.head]
+    sizes, stored = needs.sizes, [*needs.base.weights, needs.base.head]
     int8 = int8_product_seconds(needs, device, cost)
     linear = int8 or cost.linear_flops / device.flops
-    if settings.matmul == "int8x2":
+    if needs.config.base.matmul == "int8x2":
         linear *= 1.5  # two products in forward, one in backward
     head = cost.flops - cost.linear_flops - cost.attention_flops
     products = linear + head / device.flops
@@ -312,13 +313,29 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
 
 def int8_product_seconds(needs: RunNeeds, device: Device, cost: StepCost) -> float:
     """Seconds of a step's int8 products of one term on a CPU; 0 if there are none."""
+    rate = device.int8_flops
+    return cost.linear_flops / rate if rate and _multiplies_int8(needs, device) else 0.0
+
+
+def _multiplies_int8(needs: RunNeeds, device: Device) -> bool:
+    """Whether a CPU multiplies int8 by int8, without converting weights."""
     settings = needs.config.base
-    if not device.on_cpu or device.int8_flops is None or settings.quantization != "int8":
-        return 0.0
-    fast = settings.matmul != "auto" or needs.sizes.hidden >= INT8_MATMUL_MIN_HIDDEN
-    return (
-        cost.linear_flops / device.int8_flops if fast and settings.matmul != "dequantize" else 0.0
-    )
+    if settings.quantization != "int8" or device.int8_flops is None:
+        return False
+    if settings.matmul == "auto":
+        return needs.sizes.hidden >= INT8_MATMUL_MIN_HIDDEN
+    return settings.matmul != "dequantize"
+
+
+def _node_seconds(
+    needs: RunNeeds, device: Device, cost: StepCost, group: int, node_size: int
+) -> float:
+    """Seconds in which a rank receives the bytes of a step at the rate inside its node."""
+    rate = device.shared_rate if needs.stored_bytes >= LEAST_SHARED_BYTES else None
+    if rate is None or not 1 < group <= node_size:
+        return cost.gathered_bytes / device.link_rate
+    layers = (cost.gathered_bytes - cost.exchanged_bytes) * group / (group - 1)
+    return layers / rate + cost.exchanged_bytes / device.link_rate
 
 
 def _mean_cost(
@@ -375,16 +392,19 @@ def option_bytes(
     activations = int(cost.tokens * memory.peak(checkpointing))
     temporary = activations - int(cost.tokens * memory.saved(checkpointing))
     copies = int(DEQUANTIZED_COPIES * device.itemsize * needs.base.largest_quantized)
-    other = CPU_SLACK_BYTES + (0 if checkpointing else int(CPU_FREED * activations))
-    if not device.on_cpu:
-        other = device.context_bytes + int(FRAGMENTS * (activations + copies + gathered))
+    if _multiplies_int8(needs, device):
+        copies = 0
+    if device.on_cpu:
+        other = CPU_SLACK_BYTES + (0 if checkpointing else int(CPU_FREED * activations))
+    else:
+        other = int(FRAGMENTS * (activations + copies + gathered))
     return Bytes(
         base_shard=needs.base.resident_bytes(group),
         gathered=gathered,
         activations=activations + copies,
         head=max(0, LOGITS_COPIES * cost.logits_bytes - temporary),
         prompts=sum(_prompt_bytes(prompt, needs) for prompt in needs.config.prompts),
-        other=other,
+        other=device.context_bytes + other,
     )
 
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 from trainer.config import Base, RunConfig
 from trainer.distributed.deepspeed_config import resolve_policy
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
-from trainer.distributed.placement import Placement
-from trainer.distributed.shared_shards import LEAST_BYTES
+from trainer.distributed.placement import LEAST_SHARED_BYTES, Placement
 from trainer.model.attention.interface import resolve_attention
 from trainer.model.base_tokenizer import local_path
 from trainer.model.checkpoint_files import BaseFiles, open_base
@@ -161,7 +160,9 @@ def load_base(
             dtype=dtype,
             device=engine.device,
             sharder=engine.sharder(
-                policy, placement.group_size, share_memory=files.num_bytes >= LEAST_BYTES
+                policy,
+                placement.group_size,
+                share_memory=files.num_bytes >= LEAST_SHARED_BYTES,
             ),
             checkpointing=budget.checkpointing,
             progress=bar.advance,

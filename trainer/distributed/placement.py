@@ -19,6 +19,9 @@ NODE_SHARE = 0.8
 #: Layers that are gathered on a rank at the same time, without kept ones: one computed, one
 #: prefetched. ``Placement.policy`` is the limit, for layers that are gathered as a whole.
 LIVE_LAYERS = 2
+#: Bytes of the files of a base that CPU ranks of one node gather from shared memory. Smaller bases
+#: are gathered by collectives as on GPUs, so that tests on a CPU run these.
+LEAST_SHARED_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Size of the files of a base that is gathered this way. A smaller base is gathered by collectives
-#: as on GPUs, so that tests on a CPU run these.
-LEAST_BYTES = 1_000_000_000
 #: Bytes of the file that are mapped at a time; the kernel allocates pages at the first write.
 _CHUNK_BYTES = 1 << 30
 #: Alignment of a shard, as of torch's tensors.

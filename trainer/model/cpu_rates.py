@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +28,15 @@ class CpuRates:
         float_flops, int8_flops: of products in fp32 and int8; None without int8 instructions.
         loop_rate: bytes per second that an element-wise operation reads and writes.
         copy_rate: bytes per second that are copied in memory.
+        shared_rate: bytes per second gathered by one of two ranks from shared memory: half of them
+            are its own, half are read (``shared_shards``). None where that is not possible.
     """
 
     float_flops: float
     int8_flops: float | None
     loop_rate: float
     copy_rate: float
+    shared_rate: float | None = None
 
 
 def measure_cpu(clock: Callable[[], float] = time.perf_counter) -> CpuRates:
@@ -43,6 +48,7 @@ def measure_cpu(clock: Callable[[], float] = time.perf_counter) -> CpuRates:
     small, small_weight = x.to(torch.int8), weight.to(torch.int8)
     one, two, target = (torch.ones(_LOOP_ELEMENTS) for _ in range(3))
     block = torch.zeros(_BLOCK_BYTES, dtype=torch.uint8)
+    own, other = torch.zeros_like(block).numpy(), torch.zeros_like(block).numpy()
 
     def fastest(work: Callable[[], Any]) -> float:
         seconds = []
@@ -56,11 +62,23 @@ def measure_cpu(clock: Callable[[], float] = time.perf_counter) -> CpuRates:
     int8_flops = None
     if torch.cpu._is_vnni_supported():
         int8_flops = flops / fastest(lambda: torch._int_mm(small, small_weight))
+    shared_rate = None
+    with suppress(AttributeError, OSError):  # another system, or forbidden
+        file = os.memfd_create("rate")
+        os.pwrite(file, block.numpy().data, 0)
+
+        def gather() -> None:
+            own[:] = block.numpy()
+            os.preadv(file, [other.data], 0)
+
+        shared_rate = 2 * _BLOCK_BYTES / fastest(gather)
+        os.close(file)
     return CpuRates(
         float_flops=flops / fastest(lambda: x @ weight),
         int8_flops=int8_flops,
         loop_rate=3 * one.nbytes / fastest(lambda: torch.add(one, two, out=target)),
         copy_rate=_BLOCK_BYTES / fastest(block.clone),
+        shared_rate=shared_rate,
     )
 
 

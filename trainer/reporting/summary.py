@@ -236,7 +236,7 @@ class Planned(_Model):
 
     Attributes:
         seconds: of the run, validation and initialization search included.
-        peak_bytes: of a GPU's memory; on a CPU, of what a process allocates after imports.
+        peak_bytes: of a GPU's memory, or of a process on a CPU.
         saved_bytes: from forward to backward of the longest packed batch.
     """
 
