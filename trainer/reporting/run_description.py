@@ -88,8 +88,9 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
         loop.accounting.gathered_bytes,
         loop.accounting.exchanged_bytes,
         loop.memory.saved_bytes_per_token,
+        loop.accounting.cpu_seconds,
     ]
-    base, rss, gpu, seconds, read, gathered, exchanged, saved = zip(
+    base, rss, gpu, seconds, read, gathered, exchanged, saved, cpu = zip(
         *engine.all_gather(mine), strict=True
     )
     steps, progress = max(1, loop.accounting.steps), loop.progress
@@ -100,6 +101,7 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "useful_tokens": progress.useful_tokens,
             "train_seconds": progress.train_seconds,
             "data_wait_share": progress.data_wait_seconds / train_seconds,
+            "cpu_seconds_per_step": max(cpu) / (steps - 1) if steps > 1 else None,
         },
         "memory": {
             "base_bytes_per_rank": max(base),

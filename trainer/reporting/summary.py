@@ -206,10 +206,18 @@ class Overfitting(_Model):
 
 
 class Throughput(_Model):
+    """Speed of all ranks together.
+
+    Attributes:
+        cpu_seconds_per_step: of the process that uses the most, without its first step, which
+            compiles. Other programs on the machine disturb them less than ``train_seconds``.
+    """
+
     useful_tokens_per_second: float | None = None
     useful_tokens: int | None = None
     train_seconds: float | None = None
     data_wait_share: float | None = None
+    cpu_seconds_per_step: float | None = None
 
 
 class Memory(_Model):

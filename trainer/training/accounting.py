@@ -26,6 +26,8 @@ class Accounting:
     Attributes:
         steps: number of steps of this process; ``TrainingProgress`` counts those of the run.
         gathered_bytes, exchanged_bytes: totals of these steps; as in ``Engine``.
+        cpu_seconds: of this process and its threads in these steps without the first, which
+            compiles.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Accounting:
         self._config, self._engine, self._tasks = config, engine, tasks
         self._progress, self._times, self._validated = progress, times, validated
         self.steps = self.gathered_bytes = self.exchanged_bytes = 0
+        self.cpu_seconds = 0.0
         self._waited = 0.0
 
     def start_step(self) -> None:
         """Begin to measure a step."""
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self._gathered = self._engine.gathered_bytes
         self._exchanged = self._engine.exchanged_bytes
 
@@ -65,6 +68,8 @@ class Accounting:
             norms, learning_rates: of each prompt's update, [K].
         """
         seconds = time.perf_counter() - self._started
+        if self.steps:
+            self.cpu_seconds += time.process_time() - self._cpu_started
         gathered = self._engine.gathered_bytes - self._gathered
         self._progress.train_seconds += seconds
         self.steps += 1
