@@ -19,6 +19,7 @@ from typing import Literal
 
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
+from trainer.runtime.process import WAITING_THREADS
 from trainer.runtime.redact import redact
 
 CPU_PROCESSES = 2  # default without a GPU: the smallest number with sharding
@@ -255,7 +256,7 @@ def environment(
     if devices.kind == "cuda":
         result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of list_gpus
     else:
-        result.setdefault("DS_ACCELERATOR", "cpu")
+        result = {"DS_ACCELERATOR": "cpu"} | WAITING_THREADS | result
     return result
 
 

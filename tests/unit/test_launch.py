@@ -235,7 +235,10 @@ def test_environment_shares_the_cores_and_hides_nothing_else():
 
     two = Devices("cpu", (0, 1))
     cpu = environment({"A": "1", "CUDA_VISIBLE_DEVICES": ""}, two, 8, "r.yaml", "a=\u00fc")
-    assert cpu == {"A": "1", "OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}
+    added = {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    assert cpu == {"A": "1", **added}
+    active = environment({"OMP_WAIT_POLICY": "ACTIVE"}, two, 8)
+    assert active["OMP_WAIT_POLICY"] == "ACTIVE", "that of the user"
     gpu = environment({"CUDA_VISIBLE_DEVICES": "1"}, Devices("cuda", (1,)), 8)
     assert gpu == {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert environment({"OMP_NUM_THREADS": "3"}, two, 1)["OMP_NUM_THREADS"] == "3"

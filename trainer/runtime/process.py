@@ -24,6 +24,9 @@ STARTED = "PROMPTSHARD_STARTED"
 #: Libraries that torch and transformers (5.24) import if installed, for parts that are not used
 #: here: losses of image models, pickles of lambdas, loading to several devices.
 UNUSED = ("scipy", "dill", "accelerate")
+#: Environment of processes that compute on the CPU: threads sleep while they wait for each other.
+#: By default they spin, which takes the cores of the thread that they wait for if others use them.
+WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Result of ``process_start`` if the process exists but has no readable start time.
 UNKNOWN = "unknown"
 
