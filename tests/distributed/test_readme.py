@@ -36,9 +36,11 @@ DOCUMENTS = [
 QUICKSTART = "promptshard train examples/quickstart.yaml"
 INSPECT = "promptshard inspect runs/quickstart --prune"
 SERVE = "promptshard serve runs/quickstart"
-#: Commands that other tests run: one downloads a model (tests/integration/test_smollm2_example.py),
-#: one needs a hub (tests/unit/test_push.py).
+#: Commands that other tests run: one needs a long training (tests/unit/test_pass_at_k.py), one
+#: downloads a model (tests/integration/test_smollm2_example.py), one needs a hub
+#: (tests/unit/test_push.py).
 ELSEWHERE = {
+    "promptshard evaluate runs/codegen --metric pass@5 --n-samples 10 --temperature 0.8",
     "promptshard example smollm2 work",
     "promptshard push runs/quickstart me/triage-prompt --prompt triage --private "
     "--base-model me/tiny-base",
