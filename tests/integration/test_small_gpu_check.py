@@ -42,7 +42,9 @@ def test_every_kind_of_part_runs_and_is_reported(
     assert code == 0
 
     results = {part["name"]: part["result"] for part in report["parts"]}
-    assert set(results["products"]["rows"][0]["seconds"]) == {"dequantize", "int8", "int8_outliers"}
+    assert set(results["products"]["rows"][0]["seconds"]) == {
+        *("dequantize", "int8", "int8x2", "int8_outliers")
+    }
     assert all(row["difference"] < 1e-4 for row in results["attention"]["rows"])
     assert results["out_of_memory"]["splits"] >= 1
     assert results["train_bank"]["prompts"] == 2
