@@ -159,9 +159,9 @@ def evaluate(
 
     All are scored on the same validation rows: score with 95% interval, difference to the best
     trained prompt (paired by row: exact McNemar test for rates, permutation test for pass@k, else
-    bootstrap), calibration, and
-    cost per query. Predictions are written to `RUN_DIR/predictions/evaluation` while rows are
-    scored; an interrupted evaluation continues there, and a finished one only prints its table.
+    bootstrap), calibration, and cost per query. Predictions are written to
+    `RUN_DIR/predictions/evaluation` while rows are scored; an interrupted evaluation continues
+    there, and a finished one only prints its table.
 
     **Examples:**
 

@@ -94,7 +94,7 @@ KINDS = {
     "gather": ("all_gather", "allgather", "_dist_allgather", "all_reduce", "allreduce", "c10d"),
     "attention": (
         *("scaled_dot_product", "softmax", "aten::bmm", "baddbmm"),
-        *("_SpansOnCpu", "_PackedOnCpu"),
+        "_PackedOnCpu",
     ),
     "products": ("aten::mm", "aten::addmm", "_int_mm", "aten::linear"),
     "loops": ("CompiledFxGraph",),

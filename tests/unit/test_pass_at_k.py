@@ -161,7 +161,7 @@ def test_no_score_is_certain_because_all_rows_agree() -> None:
 
 
 def test_intervals_cover_the_true_pass_rate_and_the_true_difference() -> None:
-    """Rows differ in how often an answer passes; both arms are sampled anew."""
+    """Pass rates vary over rows, and each trial draws new answers for both arms."""
     draw = np.random.default_rng(5)
     rows, samples, k, repeats = 40, 6, 2, 400
     covered, differences, significant = 0, 0, 0

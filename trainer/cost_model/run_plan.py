@@ -262,10 +262,10 @@ def placed_option(
         limited = "inter-node fabric" if inter > intra else "intra-node fabric"
     load = needs.stored_bytes * min(1.0, node_sizes[0] / group) / STORAGE_RATE
     generated = world * GENERATION_BATCHES * budget.tokens
-    # Scoring has no backward, but its int8 products have two terms (trainer.model.layers).
-    int8 = int8_product_seconds(needs, device, cost)
-    terms = 3 if needs.config.base.matmul == "int8x2" else 2  # int8 products of a step
-    forward = (seconds + (4 - terms) * int8 / 2) / 2
+    # Scoring has no backward; its int8 products may have more terms than those of a step.
+    product = int8_product_seconds(needs, device, cost)
+    training, scoring = _int8_terms(needs.config.base.matmul)
+    forward = (seconds - (training + 1) * product) / 2 + scoring * product
     return Option(
         group,
         fits,
@@ -289,9 +289,8 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
         return cost.flops / device.flops
     sizes, stored = needs.sizes, [*needs.base.weights, needs.base.head]
     int8 = int8_product_seconds(needs, device, cost)
-    linear = int8 or cost.linear_flops / device.flops
-    if needs.config.base.matmul == "int8x2":
-        linear *= 1.5  # two products in forward, one in backward
+    terms, _ = _int8_terms(needs.config.base.matmul)
+    linear = (terms + 1) * (int8 or cost.linear_flops / 2 / device.flops)
     head = cost.flops - cost.linear_flops - cost.attention_flops
     products = linear + head / device.flops
     attention = cost.attention_flops / (CPU_ATTENTION_SHARE * device.flops)
@@ -312,9 +311,14 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
 
 
 def int8_product_seconds(needs: RunNeeds, device: Device, cost: StepCost) -> float:
-    """Seconds of a step's int8 products of one term on a CPU; 0 if there are none."""
+    """Seconds of a step's int8 products of one term in forward on a CPU; 0 if there are none."""
     rate = device.int8_flops
-    return cost.linear_flops / rate if rate and _multiplies_int8(needs, device) else 0.0
+    return cost.linear_flops / 2 / rate if rate and _multiplies_int8(needs, device) else 0.0
+
+
+def _int8_terms(matmul: str) -> tuple[int, int]:
+    """int8 terms of activations in training and in scoring, as ``matmul_selection.INT8_TERMS``."""
+    return {"int8x2": (2, 2), "int8_outliers": (1, 1), "bitsandbytes": (1, 1)}.get(matmul, (1, 2))
 
 
 def _multiplies_int8(needs: RunNeeds, device: Device) -> bool:

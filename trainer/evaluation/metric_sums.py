@@ -35,7 +35,7 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 TEXT_METRICS = {"rouge_l": "rouge-score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
 #: Words of the longest sequences that BLEU counts.
 BLEU_WORDS = 4
-#: ``pass@k`` stands beside these, with a number for k.
+#: All metrics except ``pass@k``, which is written with a number for k.
 METRICS = (
     "accuracy",
     "macro_f1",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as TRANSFORMERS_VERSION
 
+from trainer.model.tokenizer_file import CONTEXT_SETTINGS
 from trainer.model.unsupported_families import UNSUPPORTED
 from trainer.packing.activation_memory import LayerSizes
 from trainer.runtime.errors import BadInput
@@ -247,7 +248,7 @@ def context_length(config: PretrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings"):
         return int(rope["original_max_position_embeddings"])
-    for setting in ("max_position_embeddings", "seq_length", "max_seq_len"):
+    for setting in CONTEXT_SETTINGS:
         length = getattr(config, setting, None)
         if length is not None:
             return int(length)

@@ -13,7 +13,7 @@ from trainer.config import Base, resolve_path
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
-#: Settings of ``config.json`` that limit the context, as in ``families.context_length``.
+#: Settings of ``config.json`` that limit the context; a base has one of them.
 CONTEXT_SETTINGS = ("max_position_embeddings", "seq_length", "max_seq_len")
 
 

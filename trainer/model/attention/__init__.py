@@ -5,6 +5,7 @@
    transformers' attention interface.
 2. ``bucket_layout``: segments -> ``Buckets`` of similar length; ``bucketed`` attends within them.
 3. ``spans``: segments -> ``Spans``, for kernel calls without padding instead of buckets, on a CPU.
+   ``cpu_kernels``: the kernels, and what is saved for backward.
 4. ``flex``: segments -> ``FlexLayout``, for one FlexAttention kernel instead of buckets.
 5. ``padded``: segments -> ``PaddedRows``, for families that do not support packed rows.
 6. ``prefix_cache``: prompts of keys and values in the cache of a decoder. ``batch_cache``: rows

@@ -7,6 +7,7 @@ of a bucket, Q longest segment, P longest prefix, K = P + Q keys, A attention he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.model.attention.bucket_layout import Bucket, Buckets, Scores
-from trainer.model.attention.spans import flash_backward, flash_forward, own_storage
+from trainer.model.attention.cpu_kernels import attend_on_cpu, flash_backward, flash_forward
 
 
 def attend_in_buckets(
@@ -24,8 +25,7 @@ def attend_in_buckets(
     """Attention of one layer, [T, A, D]; key and value may have fewer heads (grouped queries)."""
     plain = scores.softcap is None and scores.sinks_A is None
     if plain and query_TAD.is_cpu and query_TAD.shape[-1] == value_UAD.shape[-1]:
-        output_TAD: Tensor = _PackedOnCpu.apply(query_TAD, key_UAD, value_UAD, buckets, scores)
-        return output_TAD
+        return attend_on_cpu(query_TAD, key_UAD, value_UAD, PaddedCalls(buckets), scores)
     queries = _gather(query_TAD, [bucket.query_SQ for bucket in buckets.each])
     key_indices = [bucket.key_SK for bucket in buckets.each]
     keys, values = _gather(key_UAD, key_indices), _gather(value_UAD, key_indices)
@@ -36,22 +36,19 @@ def attend_in_buckets(
     return buckets.restore(outputs)
 
 
-class _PackedOnCpu(torch.autograd.Function):
-    """Attention that saves only packed queries, keys, values, outputs and log-sums.
+@dataclass(frozen=True)
+class PaddedCalls:
+    """One call of the CPU kernels per bucket.
 
-    Backward gathers the padded buckets again, in which every row repeats its prompt. To do so, it
-    calls the kernel of scaled-dot-product attention directly.
+    Backward gathers the padded buckets again, in which every row repeats its prompt.
     """
 
-    @staticmethod
+    buckets: Buckets
+
     def forward(
-        ctx: Any,
-        query_TAD: Tensor,
-        key_UAD: Tensor,
-        value_UAD: Tensor,
-        buckets: Buckets,
-        scores: Scores,
-    ) -> Tensor:
+        self, query_TAD: Tensor, key_UAD: Tensor, value_UAD: Tensor, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """As ``KernelCalls.forward``."""
         results = [
             flash_forward(
                 _at(query_TAD, bucket.query_SQ),
@@ -60,22 +57,25 @@ class _PackedOnCpu(torch.autograd.Function):
                 attn_mask=bucket.bias_for(scores, query_TAD.dtype),
                 scale=scores.scaling,
             )
-            for bucket in buckets.each
+            for bucket in self.buckets.each
         ]
-        output_TAD = buckets.restore([output_SAQD for output_SAQD, _ in results])
-        sum_TA = buckets.restore([sum_SAQ for _, sum_SAQ in results])
-        ctx.buckets, ctx.scores = buckets, scores
-        packed = (own_storage(x) for x in (query_TAD, key_UAD, value_UAD))
-        ctx.save_for_backward(*packed, output_TAD, sum_TA)
-        return output_TAD
+        outputs, sums = zip(*results, strict=True)
+        return self.buckets.restore(outputs), self.buckets.restore(sums)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TAD: Tensor) -> tuple[Tensor | None, ...]:
-        query_TAD, key_UAD, value_UAD, output_TAD, sum_TA = ctx.saved_tensors
+    def backward(
+        self,
+        grad_TAD: Tensor,
+        query_TAD: Tensor,
+        key_UAD: Tensor,
+        value_UAD: Tensor,
+        output_TAD: Tensor,
+        sum_TA: Tensor,
+        scores: Scores,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``KernelCalls.backward``."""
         of_key_UAD, of_value_UAD = torch.zeros_like(key_UAD), torch.zeros_like(value_UAD)
         of_queries = []
-        for bucket in ctx.buckets.each:
+        for bucket in self.buckets.each:
             grad_SAQD = _at(grad_TAD, bucket.query_SQ)
             # Padding repeats a token, whose gradient must count once.
             grad_SAQD = grad_SAQD.masked_fill(bucket.padding_SQ[:, None, :, None], 0)
@@ -88,14 +88,14 @@ class _PackedOnCpu(torch.autograd.Function):
                 _at(sum_TA, bucket.query_SQ).contiguous(),
                 0.0,
                 False,
-                attn_mask=bucket.bias_for(ctx.scores, query_TAD.dtype),
-                scale=ctx.scores.scaling,
+                attn_mask=bucket.bias_for(scores, query_TAD.dtype),
+                scale=scores.scaling,
             )
             of_queries.append(of_query_SAQD)
             at_keys = bucket.key_SK.flatten()
             for total_UAD, of_SAKD in zip((of_key_UAD, of_value_UAD), of_keys_SAKD, strict=True):
                 total_UAD.index_add_(0, at_keys, of_SAKD.transpose(1, 2).flatten(0, 1))
-        return ctx.buckets.restore(of_queries), of_key_UAD, of_value_UAD, None, None
+        return self.buckets.restore(of_queries), of_key_UAD, of_value_UAD
 
 
 def _at(x_TA: Tensor, index_Sn: Tensor) -> Tensor:

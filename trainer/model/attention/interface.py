@@ -25,8 +25,9 @@ from transformers import AttentionInterface
 
 from trainer.model.attention.bucket_layout import Buckets, Scores, make_buckets
 from trainer.model.attention.bucketed import attend_in_buckets
+from trainer.model.attention.cpu_kernels import attend_on_cpu
 from trainer.model.attention.flex import FlexLayout, make_flex_layout
-from trainer.model.attention.spans import Spans, attend_in_spans, make_spans
+from trainer.model.attention.spans import Spans, make_spans
 from trainer.packing.packed_batch import Segment
 from trainer.runtime.errors import BadInput
 
@@ -95,7 +96,7 @@ def attend(
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
     spans = layout.spans
     if spans is not None and spans.suits(scores) and query.shape[-1] == value.shape[-1]:
-        return attend_in_spans(query_TAD, key_UAD, value_UAD, spans, scores.scaling)[None]
+        return attend_on_cpu(query_TAD, key_UAD, value_UAD, spans, scores)[None]
     return attend_in_buckets(query_TAD, key_UAD, value_UAD, layout.buckets, scores)[None]
 
 

@@ -12,24 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trainer.model.attention.bucket_layout import Scores
+from trainer.model.attention.cpu_kernels import flash_backward, flash_forward
 from trainer.model.layers.compilation import fused_loop
 from trainer.packing.packed_batch import Segment
-
-#: Kernels of scaled-dot-product attention on a CPU. Both also take key and value with fewer heads.
-flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Which tokens of a packed batch attend to which.
+    """Which tokens of a packed batch attend to which; ``KernelCalls`` for layers that they suit.
 
     Attributes:
         own: all segments, each of which attends causally to itself, in the order of their tokens.
@@ -47,6 +42,72 @@ class Spans:
         changed = (scores.softcap, scores.sinks_A, scores.slopes)
         return all(x is None for x in changed) and all(limit >= self.longest for limit in limits)
 
+    def forward(
+        self, query_TAD: Tensor, key_UAD: Tensor, value_UAD: Tensor, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """As ``KernelCalls.forward``."""
+
+        def attended(queries: Segment, keys: Segment, causal: bool) -> tuple[Tensor, Tensor]:
+            output_1AQD, sum_1AQ = flash_forward(
+                _at(queries, query_TAD),
+                _at(keys, key_UAD),
+                _at(keys, value_UAD),
+                is_causal=causal,
+                scale=scores.scaling,
+            )
+            return output_1AQD[0].transpose(0, 1), sum_1AQ[0].T
+
+        results = [attended(segment, segment, True) for segment in self.own]
+        output_TAD, sum_TA = (torch.cat(parts) for parts in zip(*results, strict=True))
+        join = fused_loop(_join, output_TAD)
+        for queries, keys in self.shared:
+            at = slice(queries.start, queries.end)
+            output_TAD[at], sum_TA[at] = join(
+                output_TAD[at], sum_TA[at], *attended(queries, keys, False)
+            )
+        return output_TAD, sum_TA
+
+    def backward(
+        self,
+        grad_TAD: Tensor,
+        query_TAD: Tensor,
+        key_UAD: Tensor,
+        value_UAD: Tensor,
+        output_TAD: Tensor,
+        sum_TA: Tensor,
+        scores: Scores,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``KernelCalls.backward``: the sum of the gradients of all calls."""
+        of_query_TAD, of_key_UAD, of_value_UAD = map(
+            torch.empty_like, (query_TAD, key_UAD, value_UAD)
+        )
+
+        def gradients(queries: Segment, keys: Segment, causal: bool) -> list[Tensor]:
+            of_each = flash_backward(
+                _at(queries, grad_TAD),
+                _at(queries, query_TAD),
+                _at(keys, key_UAD),
+                _at(keys, value_UAD),
+                _at(queries, output_TAD),
+                sum_TA[queries.start : queries.end].T[None].contiguous(),
+                0.0,
+                causal,
+                scale=scores.scaling,
+            )
+            return [of_1AnD[0].transpose(0, 1) for of_1AnD in of_each]
+
+        for segment in self.own:
+            at = slice(segment.start, segment.end)
+            of_query_TAD[at], of_key_UAD[at], of_value_UAD[at] = gradients(segment, segment, True)
+        for of_past_UAD in (of_key_UAD, of_value_UAD):
+            of_past_UAD[len(query_TAD) :] = 0
+        for queries, keys in self.shared:
+            of_query_QAD, of_key_KAD, of_value_KAD = gradients(queries, keys, False)
+            of_query_TAD[queries.start : queries.end] += of_query_QAD
+            of_key_UAD[keys.start : keys.end] += of_key_KAD
+            of_value_UAD[keys.start : keys.end] += of_value_KAD
+        return of_query_TAD, of_key_UAD, of_value_UAD
+
 
 def make_spans(segments: Sequence[Segment]) -> Spans | None:
     """Spans of a packed batch; None with siblings, which are too short for a call each."""
@@ -63,93 +124,6 @@ def make_spans(segments: Sequence[Segment]) -> Spans | None:
     longest = max(segment.prefix_length + segment.length for segment in segments)
     pairs = ((q, prefix) for prefix, queries in shared.items() for q in queries)
     return Spans(tuple(segments), tuple(pairs), longest)
-
-
-def attend_in_spans(
-    query_TAD: Tensor, key_UAD: Tensor, value_UAD: Tensor, spans: Spans, scaling: float
-) -> Tensor:
-    """Attention of one layer, [T, A, D]; key and value may have fewer heads (grouped queries)."""
-    output_TAD: Tensor = _SpansOnCpu.apply(query_TAD, key_UAD, value_UAD, spans, scaling)
-    return output_TAD
-
-
-class _SpansOnCpu(torch.autograd.Function):
-    """Saves packed queries, keys, values, outputs and log-sums, and calls the kernels directly.
-
-    A kernel's backward needs only the output and log-sum of all keys of a query, so the gradients
-    of spans are summed.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_TAD: Tensor,
-        key_UAD: Tensor,
-        value_UAD: Tensor,
-        spans: Spans,
-        scaling: float,
-    ) -> Tensor:
-        def attended(queries: Segment, keys: Segment, causal: bool) -> tuple[Tensor, Tensor]:
-            output_1AQD, sum_1AQ = flash_forward(
-                _at(queries, query_TAD),
-                _at(keys, key_UAD),
-                _at(keys, value_UAD),
-                is_causal=causal,
-                scale=scaling,
-            )
-            return output_1AQD[0].transpose(0, 1), sum_1AQ[0].T
-
-        results = [attended(segment, segment, True) for segment in spans.own]
-        output_TAD, sum_TA = (torch.cat(parts) for parts in zip(*results, strict=True))
-        join = fused_loop(_join, output_TAD)
-        for queries, keys in spans.shared:
-            at = slice(queries.start, queries.end)
-            output_TAD[at], sum_TA[at] = join(
-                output_TAD[at], sum_TA[at], *attended(queries, keys, False)
-            )
-        ctx.spans, ctx.scaling = spans, scaling
-        packed = (own_storage(x) for x in (query_TAD, key_UAD, value_UAD))
-        ctx.save_for_backward(*packed, output_TAD, sum_TA)
-        return output_TAD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TAD: Tensor) -> tuple[Tensor | None, ...]:
-        query_TAD, key_UAD, value_UAD, output_TAD, sum_TA = ctx.saved_tensors
-        of_query_TAD, of_key_UAD, of_value_UAD = map(
-            torch.empty_like, (query_TAD, key_UAD, value_UAD)
-        )
-
-        def gradients(queries: Segment, keys: Segment, causal: bool) -> list[Tensor]:
-            of_each = flash_backward(
-                _at(queries, grad_TAD),
-                _at(queries, query_TAD),
-                _at(keys, key_UAD),
-                _at(keys, value_UAD),
-                _at(queries, output_TAD),
-                sum_TA[queries.start : queries.end].T[None].contiguous(),
-                0.0,
-                causal,
-                scale=ctx.scaling,
-            )
-            return [of_1AnD[0].transpose(0, 1) for of_1AnD in of_each]
-
-        for segment in ctx.spans.own:
-            at = slice(segment.start, segment.end)
-            of_query_TAD[at], of_key_UAD[at], of_value_UAD[at] = gradients(segment, segment, True)
-        for of_past_UAD in (of_key_UAD, of_value_UAD):
-            of_past_UAD[len(query_TAD) :] = 0
-        for queries, keys in ctx.spans.shared:
-            of_query_QAD, of_key_KAD, of_value_KAD = gradients(queries, keys, False)
-            of_query_TAD[queries.start : queries.end] += of_query_QAD
-            of_key_UAD[keys.start : keys.end] += of_key_KAD
-            of_value_UAD[keys.start : keys.end] += of_value_KAD
-        return of_query_TAD, of_key_UAD, of_value_UAD, None, None
-
-
-def own_storage(x: Tensor) -> Tensor:
-    """The tensor, cloned if it is a view that keeps a larger one alive (a fused QKV product)."""
-    return x if x.untyped_storage().nbytes() <= x.nbytes else x.clone()
 
 
 def _at(segment: Segment, x_TAD: Tensor) -> Tensor:

@@ -4,8 +4,7 @@
 of the tensor. ZeRO-3 frees the weight after forward and gathers it again before backward; saving
 the tensor would keep it in memory.
 
-Shape letters: T tokens, K input features, N output features, C outlier features, S terms of an
-activation.
+Shape letters: T tokens, K input features, N output features, C outlier features.
 """
 
 from __future__ import annotations
@@ -38,6 +37,10 @@ Matrix = Callable[[], tuple[Tensor, Tensor | None]]
 Product = Callable[[Tensor, Matrix], Tensor]
 #: Returns the number of int8 terms of an activation in the next product: 1 or 2.
 Terms = Callable[[], int]
+
+
+def one_term() -> int:
+    return 1
 
 
 def one_term_for_gradients() -> int:
@@ -82,10 +85,6 @@ def exact_input_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
     if scale_N is not None:
         dy = (dy * scale_N).to(dy.dtype)
     return dy @ weight_NK.to(dy.dtype)
-
-
-def one_term() -> int:
-    return 1
 
 
 def int8_matmul(
