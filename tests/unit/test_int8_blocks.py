@@ -118,12 +118,13 @@ class Sum(nn.Module):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_queries_keys_and_values_share_their_input(bias: bool) -> None:
+@pytest.mark.parametrize("product", ["int8", "int8x2"])
+def test_queries_keys_and_values_share_their_input(product: str, bias: bool) -> None:
     separate = with_int8_layers(LlamaAttention(LlamaConfig(**SIZES), 0), bias)
     fused = copy.deepcopy(separate)
-    use_matmul(fused, "int8", 0.0)
+    use_matmul(fused, product, 0.0)
     for layer in separate.children():  # one by one, where nothing is shared
-        use_matmul(layer, "int8", 0.0)
+        use_matmul(layer, product, 0.0)
     x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
     expected = run(Sum(separate), x)
     copied = copy.deepcopy(fused)
@@ -144,3 +145,22 @@ def test_another_input_is_not_taken_for_the_same() -> None:
     assert torch.equal(q, attention.q_proj(one))
     assert torch.equal(k, attention.k_proj(two))
     assert not torch.equal(k, attention.k_proj(one))
+
+
+def test_the_product_of_fused_layers_can_be_changed() -> None:
+    """As ``promptshard inspect`` does after loading."""
+
+    def whole(module: nn.Module) -> nn.Module:
+        return Sum(module) if isinstance(module, LlamaAttention) else module
+
+    modules = (LlamaMLP(LlamaConfig(**SIZES)), LlamaAttention(LlamaConfig(**SIZES), 0))
+    x = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    for module in map(with_int8_layers, modules):
+        changed, expected = module, copy.deepcopy(module)
+        use_matmul(changed, "int8", 0.0)
+        use_matmul(expected, "int8x2", 0.0)
+        wanted = run(whole(expected), x)
+        assert not torch.equal(run(whole(changed), x)[0], wanted[0])
+        use_matmul(changed, "int8x2", 0.0)
+        for actual, one in zip(run(whole(changed), x), wanted, strict=True):
+            assert torch.equal(actual, one)

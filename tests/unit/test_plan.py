@@ -157,6 +157,26 @@ def test_int8_products_of_a_cpu_are_faster_where_a_run_uses_them(run_file: Path)
     assert seconds(loop_rate=1e10) > seconds()
 
 
+def test_terms_of_int8_activations_cost_products(run_file: Path) -> None:
+    def option(matmul: str) -> Option:
+        config = load(run_file, [f"base.matmul={matmul}"])
+        device = cpu_device(2, CpuRates(1e11, 4e11, 2e10, 1e10))
+        base, text, stored = open_base_shape(config.base, device.itemsize)
+        needs = needs_of_row_tokens(config, 512, base, text, stored)
+        return plan_run(needs, device, [2]).options[-1]
+
+    def scoring(option: Option) -> float:
+        return option.seconds["baselines"] + option.seconds["validation"]
+
+    one, two, outliers = map(option, ("int8", "int8x2", "int8_outliers"))
+    product = one.cost.linear_flops / 2 / 4e11
+    assert two.step_seconds - one.step_seconds == pytest.approx(product)
+    assert outliers.step_seconds == one.step_seconds
+    # Without gradients, int8 is int8x2; a term more than with int8_outliers.
+    assert scoring(two) == pytest.approx(scoring(one))
+    assert scoring(one) / scoring(outliers) == pytest.approx(1 + 2 * product / one.step_seconds)
+
+
 def test_cpu_ranks_of_a_node_gather_large_bases_from_shared_memory(run_file: Path) -> None:
     def option(stored: float, nodes: list[int], **rates: Any) -> Option:
         config = load(run_file, ["engine.shard_group=world"])
