@@ -149,7 +149,11 @@ def results(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with started(*commands) as processes:
         deadline = time.monotonic() + 120
         while not list((two / "checkpoints").glob("step-*")):
-            assert time.monotonic() < deadline, [p.poll() for p in processes]
+            ended = [
+                process.communicate()[0] for process in processes if process.poll() is not None
+            ]
+            assert not ended, "\n".join(ended)
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         hosts.cable("down")
         # While the hosts wait for each other, the run on one machine has the cores.

@@ -56,7 +56,11 @@ class Run:
         return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
     def logs(self) -> str:
-        logs = [self.log, *(self.output / "logs").glob("*.log")]
+        logs = [
+            self.log,
+            *(self.output / "logs").glob("*.log"),
+            *self.desk.path.glob("slurm-*.out"),
+        ]
         return "\n".join(f"{path.name}:\n{read(path)[-3000:]}" for path in logs)
 
     @contextmanager
@@ -108,6 +112,7 @@ def run(desk: Desk) -> Run:
 
     smoke = desk.path / "runs" / "smoke" / "summary.json"
     until(smoke.exists, START_SECONDS, run.logs)  # the other job must not lose its node
+    assert json.loads(smoke.read_text())["status"] == "finished", smoke.read_text() + run.logs()
 
     with run.held(restart=1):
         down = f"NodeName={NODES[1]}"
