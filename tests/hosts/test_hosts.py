@@ -122,7 +122,8 @@ def train_on(hosts: Hosts, hostfile: Path, output: Path) -> list[list[str]]:
 
 def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Nothing is compiled for this base: CXX names no compiler.
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CXX": "none"}
 
 
 #: The process that sends metrics ends this long after its run, at the latest.

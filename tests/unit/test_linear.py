@@ -397,11 +397,20 @@ class TestBitsandbytes:
         assert make_layer("bitsandbytes")(torch.zeros(0, IN)).shape == (0, OUT)
 
 
-def test_a_missing_compiler_is_reported_at_load(monkeypatch):
-    def none():
-        raise InvalidCxxCompiler
+def no_compiler() -> None:
+    raise InvalidCxxCompiler
 
-    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", none)
-    assert resolve_matmul("auto", "int8", torch.device("cpu"), 4096) == "dequantize"
-    with pytest.raises(BadInput, match=r"without a C\+\+ compiler \(install g\+\+\); use auto or"):
-        resolve_matmul("int8", "int8", torch.device("cpu"), 4096)
+
+@pytest.mark.parametrize(
+    ("target", "value", "reason"),
+    [
+        ("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler, r"a C\+\+ compiler"),
+        ("sysconfig.get_path", lambda name: "/nowhere", "the headers of Python"),
+        ("torch.utils.cpp_extension.TORCH_LIB_PATH", "/My files/torch/lib", "/My files/torch/lib"),
+    ],
+)
+def test_what_keeps_torch_from_compiling_is_reported_at_load(monkeypatch, target, value, reason):
+    monkeypatch.setattr(target, value)
+    assert resolve_matmul("auto", "int8", CPU, 4096) == "dequantize"
+    with pytest.raises(BadInput, match=rf"on a CPU with.* {reason}.*\); use auto or dequantize"):
+        resolve_matmul("int8", "int8", CPU, 4096)

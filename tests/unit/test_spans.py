@@ -86,6 +86,20 @@ def test_consecutive_rows_read_their_prompt_in_one_call() -> None:
     )
 
 
+def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base may be one that needs no compiler, on a machine that has none."""
+    monkeypatch.setattr(torch, "compile", None)
+    prompt, row = Segment(0, 8), Segment(8, 1016, Segment(0, 8))
+    layout = make_layout([prompt, row], CPU)
+    assert layout.spans is not None
+    x_1ATD = torch.randn(1, 8, 1024, 16)  # twice the elements from which loops are compiled
+    output = attend(x_1ATD, x_1ATD, x_1ATD, layout, Scores(0.3), layer=0)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        x_1ATD, x_1ATD, x_1ATD, is_causal=True, scale=0.3
+    )
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
 def test_a_diverged_prompt_stays_alone() -> None:
     leaves = tensors(4)
     with torch.no_grad():

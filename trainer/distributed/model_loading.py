@@ -24,6 +24,7 @@ from trainer.model.layers.matmul_selection import (
     largest_shapes,
     measure,
     resolve_matmul,
+    unsupported_device,
     use_matmul,
 )
 from trainer.model.meta_model import build_meta_model
@@ -176,6 +177,7 @@ def _choose_matmul(
     engine: Engine, settings: Base, model: PreTrainedModel, dtype: torch.dtype, console: Console
 ) -> str:
     """Set the product of int8 layers: ``base.matmul``, or the fastest as measured on rank 0."""
+    unsupported = unsupported_device(engine.device)
     resolved = engine.run_on_all(
         lambda: resolve_matmul(
             settings.matmul, settings.quantization, engine.device, model.config.hidden_size
@@ -194,6 +196,8 @@ def _choose_matmul(
         matmul = measured.kind
         untimed = "" if "bitsandbytes" in shared else "; bitsandbytes cannot be imported"
         console.detail(f"base.matmul: auto is {matmul} here ({measured.reason}{untimed})")
+    elif settings.matmul == "auto" and settings.quantization == "int8" and unsupported:
+        console.detail(f"base.matmul: auto is {matmul} on {unsupported}")
     exact = use_matmul(model, matmul, settings.outlier_threshold)
     if matmul != "dequantize":  # all others have required a compiler already
         compile_fused_operations(model)

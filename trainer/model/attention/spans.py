@@ -18,7 +18,6 @@ from torch import Tensor
 
 from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.cpu_kernels import flash_backward, flash_forward
-from trainer.model.layers.compilation import fused_loop
 from trainer.packing.packed_batch import Segment
 
 
@@ -59,12 +58,9 @@ class Spans:
 
         results = [attended(segment, segment, True) for segment in self.own]
         output_TAD, sum_TA = (torch.cat(parts) for parts in zip(*results, strict=True))
-        join = fused_loop(_join, output_TAD)
         for queries, keys in self.shared:
             at = slice(queries.start, queries.end)
-            output_TAD[at], sum_TA[at] = join(
-                output_TAD[at], sum_TA[at], *attended(queries, keys, False)
-            )
+            _join(output_TAD[at], sum_TA[at], *attended(queries, keys, False))
         return output_TAD, sum_TA
 
     def backward(
@@ -131,11 +127,8 @@ def _at(segment: Segment, x_TAD: Tensor) -> Tensor:
     return x_TAD[segment.start : segment.end].transpose(0, 1)[None]
 
 
-def _join(
-    one_QAD: Tensor, one_sum_QA: Tensor, other_QAD: Tensor, other_sum_QA: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum over the keys of both."""
-    sum_QA = torch.logaddexp(one_sum_QA, other_sum_QA)
-    one, other = (one_sum_QA - sum_QA).exp(), (other_sum_QA - sum_QA).exp()
-    joined_QAD = one_QAD * one[..., None] + other_QAD * other[..., None]
-    return joined_QAD.to(one_QAD.dtype), sum_QA
+def _join(output_QAD: Tensor, sum_QA: Tensor, other_QAD: Tensor, other_sum_QA: Tensor) -> None:
+    """Add the keys of the other call to an output and its log-sum, in place."""
+    share_QA = torch.sigmoid(other_sum_QA - sum_QA)  # exp(other) / (exp(sum) + exp(other))
+    output_QAD.lerp_(other_QAD, share_QA[..., None].to(output_QAD.dtype))
+    torch.logaddexp(sum_QA, other_sum_QA, out=sum_QA)

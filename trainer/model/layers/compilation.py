@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import sysconfig
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,30 @@ from torch import Tensor
 #: Up to this number of elements, a call of the compiled loop takes longer than separate operations
 #: (measured on a CPU: 25 us for the call alone), as for the few rows of a decode step.
 MAX_SEPARATE = 1 << 16
+
+
+def why_not_on_cpu() -> str | None:
+    """Return what keeps torch from compiling for this CPU, and the remedy; None if nothing does.
+
+    Without this check, a run would fail at its first step.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils.cpp_extension import TORCH_LIB_PATH
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "without a C++ compiler (install g++)"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "without the headers of Python (install python3-dev)"
+    # torch 2.13 passes this path to the linker without quotes (pytorch pull request 191010).
+    if shlex.split(TORCH_LIB_PATH) != [TORCH_LIB_PATH]:
+        return (
+            f"with torch in {TORCH_LIB_PATH}, since torch.compile does not work in a folder with "
+            "spaces or quotes in its name (install into another folder)"
+        )
+    return None
 
 
 def fused_loop(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:

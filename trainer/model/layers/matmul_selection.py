@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.layers.bitsandbytes_matmul import bitsandbytes_matmul, missing_library
+from trainer.model.layers.compilation import why_not_on_cpu
 from trainer.model.layers.fused_ops import fuse_int8_layers
 from trainer.model.layers.int8_matmul import (
     MAX_INNER,
@@ -67,7 +68,7 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
     """
     if setting == "dequantize":
         return setting
-    unsupported = _unsupported_device(device)
+    unsupported = unsupported_device(device)
     if setting == "auto":
         if quantization != "int8" or unsupported:
             return "dequantize"
@@ -93,11 +94,11 @@ def resolve_matmul(setting: str, quantization: str, device: torch.device, hidden
     return setting
 
 
-def _unsupported_device(device: torch.device) -> str | None:
+def unsupported_device(device: torch.device) -> str | None:
     """Description of a device that does not multiply int8 matrices; None if it does."""
     if device.type == "cpu":
         # Checked at load, because the first compilation happens only at the first step.
-        return None if _has_compiler() else "a CPU without a C++ compiler (install g++)"
+        return f"a CPU {reason}" if (reason := why_not_on_cpu()) else None
     if device.type != "cuda":
         return device.type
     capability = torch.cuda.get_device_capability(device)
@@ -105,17 +106,6 @@ def _unsupported_device(device: torch.device) -> str | None:
         return None
     name = torch.cuda.get_device_name(device)
     return f"{name}, of compute capability {capability[0]}.{capability[1]}"
-
-
-def _has_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return False
-    return True
 
 
 def use_matmul(model: nn.Module, kind: str, outlier_threshold: float) -> list[str]:
