@@ -293,6 +293,32 @@ def test_an_interrupted_evaluation_continues_after_the_last_complete_record(
     assert store.open("diet", "no_prompt", "digest", fresh=True) == 0
 
 
+def test_records_of_other_settings_are_kept_and_used_again(tmp_path: Path) -> None:
+    store = PredictionStore(tmp_path)
+    place = "diet", "soft"
+
+    def open_with(digest: str, *, fresh: bool = False) -> int:
+        return store.open(*place, digest, fresh=fresh, about={"scored_as": digest})
+
+    assert open_with("greedy") == 0
+    store.append(*place, [{"row": 1, "prediction": "a"}, {"row": 2, "prediction": "b"}])
+    store.note(*place, 2.5)
+    assert open_with("sampled") == 0
+    assert store.records(*place) == []
+    assert store.setup_seconds(*place) is None
+    store.append(*place, [{"row": 1, "predictions": ["a", "c"]}])
+    assert open_with("greedy") == 2
+    assert [record["prediction"] for record in store.records(*place)] == ["a", "b"]
+    assert store.setup_seconds(*place) == 2.5
+    about = json.loads(store.path(*place).with_suffix(".json").read_text())
+    assert about["scored_as"] == "greedy"
+    assert open_with("sampled") == 1
+    assert store.records(*place)[0]["predictions"] == ["a", "c"]
+    assert open_with("greedy", fresh=True) == 0
+    assert open_with("sampled") == 1, "only the records of the same settings are removed"
+    assert open_with("greedy") == 0
+
+
 def test_two_evaluations_of_one_run_at_the_same_time(tmp_path: Path) -> None:
     first, second = PredictionStore(tmp_path), PredictionStore(tmp_path)
     with first.locked(), pytest.raises(BadInput, match="another evaluation"), second.locked():

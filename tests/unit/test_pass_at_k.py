@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -58,9 +60,9 @@ def base() -> PromptedBase:
     return load_unsharded(BASE, "int8")
 
 
-def code_run(folder: Path, rows: int = 5) -> list[Arm]:
+def code_run(folder: Path, rows: int = 5, lines: Sequence[str] = ()) -> list[Arm]:
     """Arms of a task of Python functions, with sampled answers."""
-    lines = (BASE.parent / "data" / "codegen.valid.jsonl").read_text().splitlines()[:rows]
+    lines = lines or (BASE.parent / "data" / "codegen.valid.jsonl").read_text().splitlines()[:rows]
     config = make_run(folder, **CODE_TASK)
     for name in ("train", "valid"):
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -275,6 +277,7 @@ def test_from_rows_to_the_table(tmp_path: Path, base: PromptedBase) -> None:
     records = score(tmp_path, base, arms, {arm.name: 0 for arm in arms})
     for record in records["no_prompt"]:
         assert len(record["predictions"]) == len(record["passed"]) == SAMPLES.count
+        assert record["temperature"] == SAMPLES.temperature
         assert "correct" not in record
     counts = [sum(record["passed"]) for record in records["no_prompt"]]
     assert any(0 < count < SAMPLES.count for count in counts), "some answers pass"
@@ -298,3 +301,39 @@ def test_another_temperature_is_sampled_again(tmp_path: Path) -> None:
     for samples in (None, Samples(6, 0.5), Samples(7, 1.0)):
         assert json.dumps(arm.digest("base", [], [])) == json.dumps(digest)
         assert type(arm)(**(vars(arm) | {"samples": samples})).digest("base", [], []) != digest
+
+
+def test_greedy_and_sampled_answers_are_both_kept(tmp_path: Path, base: PromptedBase) -> None:
+    """One metric after the other; asking again reads no row again."""
+    (sampled, *_) = code_run(tmp_path)
+    greedy = replace(sampled, samples=None)
+    others = replace(sampled, samples=Samples(3, 0.5))
+    store = PredictionStore(tmp_path)
+
+    def opened(arm: Arm) -> int:
+        digest = arm.digest("base", [], [])
+        return store.open("diet", arm.name, digest, fresh=False, about=arm.about())
+
+    written = {}
+    for name, arm in (("greedy", greedy), ("sampled", sampled), ("others", others)):
+        assert opened(arm) == 0
+        written[name] = score(tmp_path, base, [arm], {arm.name: 0})[arm.name]
+    assert "correct" in written["greedy"][0]
+    assert [len(record["predictions"]) for record in written["others"]] == [3] * 5
+    about = json.loads(store.path("diet", others.name).with_suffix(".json").read_text())
+    assert about["sampled"] == {"count": 3, "temperature": 0.5, "top_p": TOP_P}
+    for name, arm in (("sampled", sampled), ("greedy", greedy), ("others", others)):
+        assert opened(arm) == 5
+        assert store.records("diet", arm.name) == written[name]
+
+
+def test_other_tests_of_a_row_are_run(tmp_path: Path) -> None:
+    (arm, *_) = code_run(tmp_path)
+    digest = arm.digest("base", [], [])
+    lines = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text().splitlines()]
+    changed = [line | {"tests": line["tests"][:1]} for line in lines]
+    assert changed != lines
+    (other, *_) = code_run(tmp_path, lines=[json.dumps(line) for line in changed])
+    assert other.digest("base", [], []) != digest
+    (same, *_) = code_run(tmp_path, lines=[json.dumps(line) for line in lines])
+    assert same.digest("base", [], []) == digest

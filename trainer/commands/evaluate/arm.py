@@ -101,6 +101,17 @@ class Arm:
     numbers: Sequence[int] = ()
     samples: Samples | None = None
 
+    def about(self) -> dict[str, object]:
+        """Describe how the answers of this arm are made, for the files of its predictions."""
+        about: dict[str, object] = {"kind": self.kind, "scored_as": self.rows.task.metric}
+        if self.text is not None:
+            about["text"] = self.text
+        if self.change is not None:
+            about["change"] = self.change
+        if self.samples is not None:
+            about["sampled"] = vars(self.samples) | {"top_p": TOP_P}
+        return about
+
     def digest(self, base: str, prompts: Sequence[str], adapters: Sequence[str]) -> str:
         """Digest of everything that the predictions depend on.
 
@@ -120,6 +131,9 @@ class Arm:
             "neighbors": None if self.neighbors is None else self.neighbors.digest(),
             "gold": self.rows.gold,
         }
+        if task.metric == "execution":
+            rows = [self.rows.rows[number] for number in self.rows.row_numbers]
+            settings["tests"] = repr([row[task.tests] for row in rows])
         if self.samples is not None:
             sampled = self.samples.count, self.samples.temperature, TOP_P, self.rows.row_numbers
             settings["samples"] = sampled

@@ -174,4 +174,6 @@ def records_of(
         record |= {key: values[i] for key, values in columns.items()}
         if arm.examples is not None:
             record["examples"] = list(arm.examples[first + i])
+        if arm.samples is not None:
+            record["temperature"] = arm.samples.temperature
         yield record

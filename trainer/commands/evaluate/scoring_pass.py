@@ -85,7 +85,9 @@ def score_missing(
         digests = base.digest, loaded.prompt_digests, loaded.adapter_digests
         return {
             task: {
-                arm.name: store.open(task, arm.name, arm.digest(*digests), fresh=fresh)
+                arm.name: store.open(
+                    task, arm.name, arm.digest(*digests), fresh=fresh, about=arm.about()
+                )
                 for arm in of_task
             }
             for task, of_task in arms.items()

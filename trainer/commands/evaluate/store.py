@@ -1,11 +1,14 @@
 """Prediction files of an evaluation: one record per row, appended as rows are scored.
 
-    RUN_DIR/predictions/evaluation/TASK/ARM.jsonl    a record per row, in the order of the rows
-    RUN_DIR/predictions/evaluation/TASK/ARM.json     digest of everything that predictions depend on
-    RUN_DIR/predictions/evaluation/TASK/.retrieved.json   train rows retrieved by hidden states
+    TASK/ARM.jsonl         a record per row, in the order of the rows
+    TASK/ARM.json          how the answers were made, and the digest of all that they depend on
+    TASK/earlier/          the same two files for other rows, metrics, sampling settings or prompts
+    TASK/.retrieved.json   train rows retrieved by hidden states
 
+These files are in ``RUN_DIR/predictions/evaluation``.
 An interrupted evaluation continues after the last complete record. If the digest differs, such as
-after the prompt was trained again, the arm is scored from the beginning. Imports no torch.
+after the prompt was trained again, the arm is scored from the beginning; its earlier records are
+used again as soon as an evaluation has their digest. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from trainer.runtime.json_file import read_json_object
 EVALUATION = "evaluation"
 #: File of a task with the rows that the base retrieved. No arm has this name.
 RETRIEVED = ".retrieved.json"
+#: Folder of a task with the records that the last evaluation did not use.
+EARLIER = "earlier"
 
 
 class PredictionStore:
@@ -46,17 +51,39 @@ class PredictionStore:
     def path(self, task: str, arm: str) -> Path:
         return self.folder / task / f"{arm}.jsonl"
 
-    def open(self, task: str, arm: str, digest: str, *, fresh: bool) -> int:
-        """Prepare the file of an arm; return the number of its complete records."""
+    def open(
+        self,
+        task: str,
+        arm: str,
+        digest: str,
+        *,
+        fresh: bool,
+        about: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Prepare the file of an arm; return the number of its complete records.
+
+        Args:
+            digest: of everything that the records depend on.
+            fresh: remove earlier records with this digest.
+            about: describes how the answers are made.
+        """
         path = self.path(task, arm)
-        known = path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(BadInput):
-            if not fresh and read_json_object(known).get("digest") == digest:
+        current, earlier = _digest(path), self._earlier(path, digest)
+        if current not in (None, digest):
+            _move(path, self._earlier(path, str(current)))
+        if not fresh:
+            if current != digest and _digest(earlier) == digest:
+                _move(earlier, path)
+            if _digest(path) == digest:
                 return _complete(path)
-        path.unlink(missing_ok=True)
-        atomic_io.write_json(known, {"digest": digest})
+        for file in (path, earlier, earlier.with_suffix(".json")):
+            file.unlink(missing_ok=True)
+        atomic_io.write_json(path.with_suffix(".json"), {"digest": digest} | dict(about or {}))
         return 0
+
+    def _earlier(self, path: Path, digest: str) -> Path:
+        return path.parent / EARLIER / f"{path.stem}-{digest[:16]}.jsonl"
 
     def note(self, task: str, arm: str, setup_seconds: float) -> None:
         """Record the time to prepare an arm."""
@@ -93,6 +120,24 @@ class PredictionStore:
 
     def records(self, task: str, arm: str) -> list[dict[str, Any]]:
         return list(read(self.path(task, arm)))
+
+
+def _digest(path: Path) -> str | None:
+    """Digest of the records in a file; None if it is unknown."""
+    with suppress(BadInput):
+        digest = read_json_object(path.with_suffix(".json")).get("digest")
+        return digest if isinstance(digest, str) else None
+    return None
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file of records, if a row was scored, and its description."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.exists():
+        source.replace(target)
+    else:
+        target.unlink(missing_ok=True)
+    source.with_suffix(".json").replace(target.with_suffix(".json"))
 
 
 def _complete(path: Path) -> int:
