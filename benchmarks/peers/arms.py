@@ -126,8 +126,18 @@ class Meter:
 # --- ours ---
 
 
-def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any) -> list[float]:
-    """Train with this trainer at its defaults, except for ``base`` settings."""
+def ours(
+    case: Case,
+    meter_of: Callable[[Callable[[], Any]], Meter],
+    *,
+    as_peers: bool = False,
+    **base: Any,
+) -> list[float]:
+    """Train with this trainer at its defaults, except for ``base`` settings.
+
+    Args:
+        as_peers: micro-batches of as many rows as the peers', which must be of equal length.
+    """
     from trainer.config import RunConfig
     from trainer.data.token_table import Example
     from trainer.distributed.deepspeed_engine import Engine
@@ -173,6 +183,8 @@ def ours(case: Case, meter_of: Callable[[Callable[[], Any]], Meter], **base: Any
         for i, r in enumerate(drawn)
     )
     budget = 1 if case.single else loaded.budget.tokens
+    if as_peers:
+        budget = case.num_virtual_tokens + case.batch * max(lengths)
     for step in range(case.steps):
         meter.before_step(step)
         packed_rows = [PackedRow(next(rows), 0, i) for i in range(case.rows_per_step)]
@@ -318,6 +330,7 @@ def _zero3_policy() -> dict[str, Any]:
 GROUPED = {"sampling": "group_by_length"}
 ARMS: dict[str, Callable[..., list[float]]] = {
     "ours": ours,
+    "ours, the peers' micro-batches": lambda *a: ours(*a, as_peers=True),
     "ours, exact": lambda *a: ours(*a, matmul="dequantize"),
     "ours, fp32": lambda *a: ours(*a, quantization="none"),
     "PEFT + Trainer": trainer_peer,

@@ -20,12 +20,14 @@ REACH = {
         "flops": 0.55,
         "saved": 0.5,
     },
+    "rows of equal length": {"saved, equal": 1.0},
 }
 TITLES = {
     "speed, grouped": "useful tokens/s, ours / best peer grouped by length",
     "speed, random": "useful tokens/s, ours / best peer at its default batches",
     "flops": "FLOPs per useful token, ours / best peer grouped by length",
     "saved": "peak saved bytes, ours / best peer grouped by length",
+    "saved, equal": "the same, with the peers' number of rows in a micro-batch of ours",
 }
 
 
@@ -63,6 +65,8 @@ def figures(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
         "flops": ours["flops_per_token"] / best(grouped, "flops_per_token", min),
         "saved": ours["saved_bytes"] / best(grouped, "saved_bytes", min),
     }
+    if (equal := arms.get("ours, the peers' micro-batches")) is not None:
+        ratios["saved, equal"] = equal["saved_bytes"] / best(grouped, "saved_bytes", min)
     if random:
         speed = best(random, "tokens_per_second", max)
         ratios["speed, random"] = ours["tokens_per_second"] / speed
