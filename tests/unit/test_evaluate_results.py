@@ -173,6 +173,20 @@ def test_the_table_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "difference: to soft, the best trained prompt (*)" in printed
 
 
+def test_a_long_text_does_not_widen_the_table_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = results(tmp_path, {"no_prompt": "1000", "hand_written-1": "0000", "soft": "1101"})
+    text = "What does this animal eat? " * 10
+    arms = [a.model_copy(update={"text": text}) if a.text else a for a in task.arms]
+    show("diet", task.model_copy(update={"arms": arms}), Console(sys.stdout, sys.stderr))
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if "hand_written-1" in line)
+    assert "…" in line
+    assert text not in line
+    assert len(line) < len(text)
+
+
 def test_arms_have_different_names() -> None:
     arms: list[Any] = [
         SimpleNamespace(name="shots-3", kind="shots"),

@@ -21,6 +21,8 @@ from trainer.runtime.console import Console
 
 #: Characters of an arm's name that are shown before columns are left out.
 NAME_WIDTH = 30
+#: Characters of a hand-written prompt in a file, which is not wrapped.
+TEXT_WIDTH = 72
 
 
 def show(name: str, task: TaskEvaluation, console: Console) -> None:
@@ -31,6 +33,11 @@ def show(name: str, task: TaskEvaluation, console: Console) -> None:
     if console.is_terminal:
         columns, rows, left_out, width = _fit(columns, rows, names, console.width)
         names = [shorten(text, width, 1) for text in names]
+    else:  # names can be searched for
+        names = [
+            shorten(text, TEXT_WIDTH, 1) if arm.text else text
+            for arm, text in zip(task.arms, names, strict=True)
+        ]
     console.print()
     console.table(
         f"{name} ({task.rows:,} rows)",
