@@ -14,9 +14,16 @@ from tests.unit.test_launch import RUN
 ROOT = Path(__file__).resolve().parents[2]
 #: The program of a rank, with a signal in place of its work.
 RANK = """
-import os, signal, sys, types
+import ctypes, os, signal, sys, threading, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+def blocked():
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    threading.Timer(0.5, os.kill, (os.getpid(), getattr(signal, sys.argv[3]))).start()
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # waits in C code, as torch for other ranks
 def stop(*args, **kwargs):
+    if sys.argv[4:] == ["blocked"]:
+        blocked()
     try:
         os.kill(os.getpid(), getattr(signal, sys.argv[3]))
         signal.pause()
@@ -64,6 +71,15 @@ def test_a_library_may_turn_the_signal_into_another_error(tmp_path: Path) -> Non
     done = stopped_rank(tmp_path, "train", "SIGTERM", "swallowed")
     assert done.returncode == 75, done.stderr
     assert done.stderr.startswith("Stopped before the first checkpoint. Rerun the command")
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_rank_that_waits_in_c_code(tmp_path: Path, signal_name: str) -> None:
+    """Other ranks may never connect."""
+    done = stopped_rank(tmp_path, "train", signal_name, "blocked")
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == f"{RESTARTED}\n"
+    assert (tmp_path / "out" / "logs" / "stopped.txt").exists()
 
 
 def stopped_rank(

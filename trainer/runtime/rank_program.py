@@ -24,7 +24,7 @@ from trainer.runtime.errors import (
     BadInput,
     PortTaken,
 )
-from trainer.runtime.process import die_with_parent, mark_finished
+from trainer.runtime.process import die_with_parent, flush_and_exit, mark_finished
 from trainer.runtime.redact import printable, redact
 from trainer.runtime.stdio import claim
 
@@ -92,7 +92,10 @@ def run_guarded(
     console = Console(err if answers else out, err, log, answer=out, shown=rank == 0)
     started = time.time()
     try:
-        stop_signals.install_handlers()  # launch/ starts ranks with stop signals blocked
+        # launch/ starts ranks with stop signals blocked
+        stop_signals.install_handlers(
+            lambda: flush_and_exit(_interrupted(logs, resumes_from, console))
+        )
         program(console)
         if rank == 0:
             mark_finished()

@@ -6,17 +6,26 @@ rank is enough. Further signals while saving have no effect.
 
 While loading, the rank that receives the signal stops at once, and the connections of the other
 ranks to it fail. They read the reason from a file in ``logs``.
+
+Python calls signal handlers between two instructions of the main thread, so never while C++ code
+waits for ranks that do not connect. A thread ends the process then.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 FILE = "stopped.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: Seconds after a signal until the main thread is considered blocked.
+BLOCKED_SECONDS = 3.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -27,14 +36,23 @@ _received = False
 _deferred = False
 
 
-def install_handlers() -> None:
-    """Make stop signals raise ``KeyboardInterrupt``, and unblock them."""
+def install_handlers(end: Callable[[], object]) -> None:
+    """Make stop signals raise ``KeyboardInterrupt``, and unblock them.
+
+    Args:
+        end: ends the process; called in a thread if the main thread is blocked while loading.
+    """
     global _received, _deferred
     _received = _deferred = False
     for number in SIGNALS:
         # Background jobs of a shell ignore SIGINT.
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_end_if_blocked, args=(reading, end), daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
@@ -69,6 +87,15 @@ def stopped_since(logs: Path, since: float) -> bool:
         return (logs / FILE).stat().st_mtime >= since
     except OSError:
         return False
+
+
+def _end_if_blocked(signals: int, end: Callable[[], object]) -> None:
+    """Wait for signals, whose numbers Python writes into a pipe at once."""
+    while number := os.read(signals, 1):
+        if number[0] in SIGNALS and not _deferred:
+            time.sleep(BLOCKED_SECONDS)
+            if not _received and not _deferred:
+                end()
 
 
 def _handle(_: int, __: FrameType | None) -> None:
