@@ -21,9 +21,10 @@ UNFINISHED = "PROMPTSHARD_UNFINISHED"
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
 #: Environment variable with the time (seconds since the epoch) at which the command was started.
 STARTED = "PROMPTSHARD_STARTED"
-#: Libraries that torch and transformers (5.24) import if installed, for parts that are not used
-#: here: losses of image models, pickles of lambdas, loading to several devices.
-UNUSED = ("scipy", "dill", "accelerate")
+#: Libraries that torch and transformers (5.0 to 5.24) import if installed, for parts that are not
+#: used here: losses of image models, assisted generation, pickles of lambdas, loading to several
+#: devices. scikit-learn imports scipy, so both must be hidden.
+UNUSED = ("scipy", "sklearn", "dill", "accelerate")
 #: Environment of processes that compute on the CPU: threads sleep while they wait for each other.
 #: By default they spin, which takes the cores of the thread that they wait for if others use them.
 WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
