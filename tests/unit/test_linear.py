@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from trainer.runtime.errors import BadInput
 TOKENS, IN, OUT = 96, 256, 192
 THRESHOLD = 6.0
 CPU = torch.device("cpu")
+CACHE = "torch._inductor.runtime.cache_dir_utils"
 HAS_LIBRARY = missing_library() is None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs bitsandbytes")
 BITSANDBYTES = pytest.param("bitsandbytes", marks=needs_library)
@@ -407,6 +410,9 @@ def no_compiler() -> None:
         ("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler, r"a C\+\+ compiler"),
         ("sysconfig.get_path", lambda name: "/nowhere", "the headers of Python"),
         ("torch.utils.cpp_extension.TORCH_LIB_PATH", "/My files/torch/lib", "/My files/torch/lib"),
+        (f"{CACHE}.cache_dir", lambda: "/tmp/my cache", "spaces .*TORCHINDUCTOR_CACHE_DIR"),
+        ("os.access", lambda path, mode: False, "is not writable"),
+        ("os.statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC), "is mounted noexec"),
     ],
 )
 def test_what_keeps_torch_from_compiling_is_reported_at_load(monkeypatch, target, value, reason):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sysconfig
 from collections.abc import Callable
@@ -24,6 +25,7 @@ def why_not_on_cpu() -> str | None:
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch.utils.cpp_extension import TORCH_LIB_PATH
 
     try:
@@ -38,7 +40,19 @@ def why_not_on_cpu() -> str | None:
             f"with torch in {TORCH_LIB_PATH}, since torch.compile does not work in a folder with "
             "spaces or quotes in its name (install into another folder)"
         )
-    return None
+    folder = cache_dir()
+    if shlex.split(folder) != [folder]:
+        problem = "has spaces or quotes in its name"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = "is not writable"
+    elif os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        problem = "is mounted noexec"
+    else:
+        return None
+    return (
+        f"with the cache of torch.compile in {folder}, which {problem} (set "
+        "TORCHINDUCTOR_CACHE_DIR to another folder)"
+    )
 
 
 def fused_loop(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
