@@ -175,6 +175,23 @@ def test_nothing_is_left_of_a_phrase(text: str, rewritten: str) -> None:
     assert finding.apply(text) == rewritten
 
 
+def test_a_sentence_that_is_left_out_leaves_no_end_mark() -> None:
+    text = "Name the field of the note. Don't mention the hospital."
+    (finding,) = (each for each in lint(text) if each.rule == "names-the-unwanted")
+    assert finding.apply(text) == "Name the field of the note."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Carefully read the note and briefly name the field, and list the symptoms.",
+        "Name the field, and list several of the symptoms.",
+    ],
+)
+def test_an_adverb_or_an_amount_hides_no_request(text: str) -> None:
+    assert "split-requests" in {finding.rule for finding in lint(text)}
+
+
 def test_a_contradiction_within_one_phrase_is_not_rewritten_to_nothing() -> None:
     (finding,) = lint("Reply in plain text formatted as JSON.")
     assert (finding.rule, finding.measurable) == ("contradiction", False)

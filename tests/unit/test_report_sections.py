@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_the_inspection_shows_only_what_has_a_meaning():
     )
     view = inspection_view("p", inspection)
     assert view.titles == ["token", "nearest tokens, cosine", "loss without it", "attention"]
-    assert view.tokens == [["0", "'\xa0pill'\xa00.31", "+0.0200", "20.0%"]]
+    assert view.tokens == [["0", "'\xa0pill'\xa00.31", "+0.02000", "20.0%"]]
     assert view.controls == [
         ["this prompt", "acne or pain", "25%", "–"],
         ["control: random", "the the", "0%", "8.0000"],
@@ -144,6 +145,28 @@ def test_many_prompts_of_many_tasks_are_shown_in_parts(tmp_path, monkeypatch):
     assert "No prompt can be recommended" in overview
 
 
+def test_the_prompt_to_take_is_shown_and_marked(tmp_path, monkeypatch):
+    """A shorter prompt that is as good as the best one, but not among those shown at once."""
+    monkeypatch.setattr("trainer.reporting.html.collect.curve_plots", lambda *_: [])
+    folder = finished_run(tmp_path)
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    result = summary["prompts"]["triage"]
+    for number in range(20):
+        name = f"sweep-{number:02d}"
+        run["prompts"].append(run["prompts"][0] | {"name": name})
+        summary["prompts"][name] = result | {"validation_accuracy": 0.5 - number / 100}
+    summary["overfitting"] = {"triage": {"prompt": "triage", "take": "sweep-15"}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = write_report(folder).read_text()
+    shown, folded = html.split("<summary>11 more prompts</summary>")
+    assert "Take sweep-15 (20 virtual tokens)" in shown
+    (row,) = re.findall(r"<tr[^>]*>\n<th[^>]*>.*sweep-15.*", shown)
+    assert "recommended" in row
+    assert "recommended" not in folded
+
+
 def test_an_evaluation_of_many_prompts_shows_the_best_ones_first() -> None:
     arm = {"low": None, "high": None, "tokens_per_query": 1.0, "flops_per_query": 1.0, "bytes": 1}
     arms = [arm | {"name": "no_prompt", "kind": "no_prompt", "score": 0.0}]
@@ -157,6 +180,9 @@ def test_an_evaluation_of_many_prompts_shows_the_best_ones_first() -> None:
     assert [each.name for each in others] == ["p0", "p1", "p2", "p3"]
     losses = task.model_copy(update={"metric": "loss"})
     assert [each.name for each in by_rank(losses, 10)[1]] == ["p10", "p11", "p12", "p13"]
+    equal = [each.model_copy(update={"score": 0.5, "loss": each.score}) for each in task.arms]
+    equal_task = task.model_copy(update={"arms": equal})
+    assert [each.name for each in by_rank(equal_task, 10)[1]] == ["p10", "p11", "p12", "p13"]
     assert by_rank(task, 12)[1] == [], "two more are not worth a part of their own"
 
 

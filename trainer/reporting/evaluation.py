@@ -173,11 +173,15 @@ def label(task: TaskEvaluation, arm: ArmResult) -> str:
 
 
 def by_rank(task: TaskEvaluation, top: int) -> tuple[list[ArmResult], list[ArmResult]]:
-    """Divide the arms, in their order: all but the trained prompts below ``top``, and these."""
+    """Divide the arms, in their order: all but the trained prompts below ``top``, and these.
+
+    Of equal scores, the lower loss ranks first.
+    """
     sign = -1 if task.metric in LOWER_IS_BETTER else 1
 
-    def rank(arm: ArmResult) -> float:
-        return math.inf if arm.score is None else -sign * arm.score
+    def rank(arm: ArmResult) -> tuple[float, float]:
+        loss = math.inf if arm.loss is None else arm.loss
+        return math.inf if arm.score is None else -sign * arm.score, loss
 
     trained = [arm for arm in task.arms if arm.kind in ("prompt", "prompt_retrieved")]
     last = sorted(trained, key=rank)[top:] if len(trained) > top + 2 else []

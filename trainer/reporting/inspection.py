@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,6 +14,8 @@ from trainer.runtime.json_file import read_json_object
 INSPECTION_FILE = "inspection.json"
 #: Increase when a key is removed or changes its meaning.
 SCHEMA_VERSION = 1
+#: Decimals of the numbers of a column.
+FEWEST_DECIMALS, MOST_DECIMALS = 4, 8
 WAYWARDNESS = (
     "Nearest tokens can be arbitrary: a prompt that performs as well can be trained to have almost "
     "any nearest tokens (Khashabi et al. 2022, arXiv 2112.08348). Compare them with the controls "
@@ -72,6 +76,13 @@ class TokenInspection(_Model):
     leave_one_out_high: float | None = None
     attention: list[float | None] | None = None
     gradient_times_input: float | None = None
+
+    @property
+    def half_interval(self) -> float | None:
+        """Half of the 95% interval of ``leave_one_out``."""
+        if self.leave_one_out is None or self.leave_one_out_high is None:
+            return None
+        return self.leave_one_out_high - self.leave_one_out
 
 
 class Elicited(_Model):
@@ -214,3 +225,24 @@ def load_inspection(output_dir: Path) -> Inspection | None:
     except (BadInput, ValidationError):
         return None
     return inspection if inspection.schema_version <= SCHEMA_VERSION else None
+
+
+def losses_without(tokens: Sequence[TokenInspection]) -> list[str | None]:
+    """Format ``leave_one_out`` of every token, ``+0.00157 ±0.00053``; None if it is not known."""
+    halves = [half for token in tokens if (half := token.half_interval)]
+    places = decimals([token.leave_one_out for token in tokens], min(halves, default=1.0))
+    texts: list[str | None] = []
+    for token in tokens:
+        change, half = token.leave_one_out, token.half_interval
+        interval = "" if half is None else f" ±{half:.{places}f}"
+        texts.append(None if change is None else f"{change:+.{places}f}{interval}")
+    return texts
+
+
+def decimals(values: Sequence[float | None], smallest: float = 1.0) -> int:
+    """Decimals that give the largest value of a column four digits, and ``smallest`` one."""
+    largest = max((abs(value) for value in values if value is not None), default=0.0)
+    if not (0 < largest < math.inf and smallest > 0):
+        return FEWEST_DECIMALS
+    wanted = max(3 - math.floor(math.log10(largest)), -math.floor(math.log10(smallest)))
+    return min(MOST_DECIMALS, max(FEWEST_DECIMALS, wanted))

@@ -150,19 +150,37 @@ class TaskTable:
         return score_text(row.shown, column, self.num_rows)
 
     @property
+    def advised(self) -> ResultRow | None:
+        """The prompt to take: the best one, or a shorter one that is as good; None: no prompt."""
+        best, compared = self.best_prompt, self.comparison
+        if best is None:
+            return None
+        name = self.overfitting.take if self.overfitting else best.name
+        if compared is not None and not compared.better and self.best_baseline is not None:
+            if not compared.also_better:
+                return None
+            name = compared.also_better[0]
+        return next(row for row in self.prompts if row.name == name)
+
+    @property
     def headline(self) -> str:
         """Which prompt to take, in a few words."""
-        prompt, baseline = self.best_prompt, self.best_baseline
-        if prompt is None:
+        advised, baseline = self.advised, self.best_baseline
+        if self.best_prompt is None:
             return "No prompt can be recommended"
-        advised = self.overfitting.take if self.overfitting else prompt.name
-        compared = self.comparison
-        if compared is not None and not compared.better and baseline is not None:
-            if not compared.also_better:
-                return f"No prompt is significantly better than {baseline.short_label}"
-            advised = compared.also_better[0]
-        tokens = next(row.num_virtual_tokens for row in self.prompts if row.name == advised)
-        return f"Take {advised} ({tokens} virtual token{'s' if tokens > 1 else ''})"
+        if advised is None:
+            assert baseline is not None
+            return f"No prompt is significantly better than {baseline.short_label}"
+        tokens = advised.num_virtual_tokens
+        return f"Take {advised.name} ({tokens} virtual token{'s' if tokens > 1 else ''})"
+
+    def first_prompts(self, top: int) -> tuple[list[ResultRow], list[ResultRow]]:
+        """Divide many prompts: the ``top`` best ones and the one to take, and the others."""
+        prompts = self.prompts
+        if len(prompts) <= top + 2:
+            return prompts, []
+        first = [*prompts[:top], *(row for row in prompts[top:] if row == self.advised)]
+        return first, [row for row in prompts if row not in first]
 
     @property
     def verdict(self) -> str:

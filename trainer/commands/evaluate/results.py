@@ -75,13 +75,17 @@ class TaskResults:
         )
 
     def best(self, kind: str) -> Arm | None:
-        """Return the arm of a kind with the best score on the rows to choose on."""
+        """Return the arm of a kind with the best score on the rows to choose on.
+
+        Of equal scores, that with the lowest loss is the best, as in training.
+        """
         arms = [arm for arm in self.compared if arm.kind == kind]
         sign = 1 if self.metric in LOWER_IS_BETTER else -1
 
-        def key(arm: Arm) -> tuple[bool, float]:
+        def key(arm: Arm) -> tuple[bool, float, float]:
             score = self.sums[arm.name].at(self.chosen_on).score
-            return not math.isfinite(score), sign * score
+            loss = self._loss(arm, self.chosen_on)
+            return not math.isfinite(score), sign * score, math.inf if loss is None else loss
 
         return min(arms, key=key, default=None)
 
@@ -151,8 +155,6 @@ class TaskResults:
                 "p_value": finite(difference.p_value),
                 "test": difference.test,
             }
-        has_loss = all("loss" in record for record in records)
-        loss = finite(row_sums("loss", task, records).score) if has_loss else None
         return ArmResult(
             name=arm.name,
             kind=arm.kind,
@@ -160,7 +162,7 @@ class TaskResults:
             score=finite(sums.score),
             low=finite(low),
             high=finite(high),
-            loss=loss,
+            loss=self._loss(arm, self.reported),
             tokens_per_query=cost[0],
             flops_per_query=cost[1],
             bytes=arm.num_bytes,
@@ -170,6 +172,13 @@ class TaskResults:
             **paired,
             **(calibrated or {}),
         )
+
+    def _loss(self, arm: Arm, rows: Sequence[int]) -> float | None:
+        """Mean loss of an arm on some rows; None if not all have a finite one."""
+        records = [self.records[arm.name][i] for i in rows]
+        if not all("loss" in record for record in records):
+            return None
+        return finite(row_sums("loss", arm.rows.task, records).score)
 
     def _change(self, arm: Arm) -> ChangeResult:
         """Compare an arm on shifted or changed rows with the same arm on the validation rows."""

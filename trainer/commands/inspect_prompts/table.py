@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from trainer.reporting.inspection import (
@@ -13,6 +12,8 @@ from trainer.reporting.inspection import (
     PrunedPrompt,
     Similarity,
     TokenInspection,
+    decimals,
+    losses_without,
 )
 from trainer.reporting.terminal_table import shorten
 from trainer.runtime.console import Console
@@ -24,8 +25,6 @@ MOST_TOKENS = 40
 TOKEN_WIDTH, TEXT_WIDTH, NAME_WIDTH = 13, 36, 24
 #: Nearest tokens in the table.
 SHOWN = 2
-#: Decimals of the numbers of a column.
-FEWEST_DECIMALS, MOST_DECIMALS = 4, 8
 #: Prompts of a map of similarities, which has one column per prompt; of more, pairs are shown.
 MOST_PROMPTS, PAIRS = 6, 10
 READING = (
@@ -97,18 +96,16 @@ def _shown(tokens: Sequence[TokenInspection]) -> list[TokenInspection]:
 def effect_table(tokens: Sequence[TokenInspection]) -> tuple[list[str], list[list[str]]]:
     """Return columns and cells of what each virtual token does."""
     is_prefix = any(token.key_norm is not None for token in tokens)
-    halves = [half for token in tokens if (half := _half(token))]
-    of_loss = _decimals([token.leave_one_out for token in tokens], min(halves, default=1.0))
-    of_effect = _decimals([token.gradient_times_input for token in tokens])
+    of_effect = decimals([token.gradient_times_input for token in tokens])
     rows = []
-    for token in tokens:
+    for token, left_out in zip(tokens, losses_without(tokens), strict=True):
         mean, peak = _attention(token)
         norms = [_number(token.key_norm), _number(token.value_norm)]
         effect = _signed(token.gradient_times_input, of_effect)
         rows.append(
             [
                 str(token.index),
-                _left_out(token, of_loss),
+                left_out or NONE,
                 mean,
                 *([] if is_prefix else [peak]),
                 effect,
@@ -119,20 +116,6 @@ def effect_table(tokens: Sequence[TokenInspection]) -> tuple[list[str], list[lis
     if is_prefix:
         columns = [name for name in columns if name != "peak layer"] + ["key norm", "value norm"]
     return columns, rows
-
-
-def _left_out(token: TokenInspection, decimals: int) -> str:
-    if token.leave_one_out is None:
-        return NONE
-    text, half = _signed(token.leave_one_out, decimals), _half(token)
-    return text if half is None else f"{text} ±{half:.{decimals}f}"
-
-
-def _half(token: TokenInspection) -> float | None:
-    """Half of the 95% interval of the change of the loss."""
-    if token.leave_one_out is None or token.leave_one_out_high is None:
-        return None
-    return token.leave_one_out_high - token.leave_one_out
 
 
 def _attention(token: TokenInspection) -> tuple[str, str]:
@@ -289,14 +272,5 @@ def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def _signed(value: float | None, decimals: int) -> str:
-    return NONE if value is None else f"{value:+.{decimals}f}"
-
-
-def _decimals(values: Sequence[float | None], smallest: float = 1.0) -> int:
-    """Decimals that give the largest value of a column four digits, and ``smallest`` one."""
-    largest = max((abs(value) for value in values if value is not None), default=0.0)
-    if not (0 < largest < math.inf and smallest > 0):
-        return FEWEST_DECIMALS
-    wanted = max(3 - math.floor(math.log10(largest)), -math.floor(math.log10(smallest)))
-    return min(MOST_DECIMALS, max(FEWEST_DECIMALS, wanted))
+def _signed(value: float | None, places: int) -> str:
+    return NONE if value is None else f"{value:+.{places}f}"

@@ -74,7 +74,10 @@ def names_the_unwanted(text: str, parts: list[Sentence], task: TaskWords) -> Ite
         if words.FORM_NOUNS.search(thing):
             continue
         why = f"{thing!r} names what the answer must not contain; the model reads these words, too."
-        yield Finding("names-the-unwanted", match.start(), match.end(), why, "")
+        end = match.end()
+        if re.search(r"(?:^|[.!?\n])\s*$", text[: match.start()]) and text[end : end + 1] in ".!?":
+            end += 1  # of a whole sentence
+        yield Finding("names-the-unwanted", match.start(), end, why, "")
 
 
 def _conditional(sentence: str, place: int) -> bool:

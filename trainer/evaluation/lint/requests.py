@@ -21,6 +21,7 @@ def requests_in(sentence: Sentence) -> Iterator[int]:
     for clause in _CLAUSE.finditer(text):
         place = clause.end()
         place += polite.end() if (polite := words.POLITE.match(text[place:])) else 0
+        place += adverb.end() if (adverb := words.ADVERB.match(text[place:])) else 0
         verb, *after = [m.group().lower() for m in WORD.finditer(text[place : place + 60])] or [""]
         if not after:
             continue

@@ -44,8 +44,8 @@ ALSO_NOUNS = listed(
     "check correct count draft estimate find fix label list name outline rank rate show state tag"
 )
 NOUN_STARTS = listed(
-    "a all an any at both each every exactly how if it its me one our that the their them these "
-    "this those three two us what when where whether which who why your"
+    "a all an any at both each every exactly how if it its many me most one our several some that "
+    "the their them these this those three two us what when where whether which who why your"
 )
 #: What may stand before the verb of a request.
 POLITE = re.compile(
@@ -53,6 +53,8 @@ POLITE = re.compile(
     r"you (?:should|must|need to|have to)|your (?:task|job) is to|try to)\s+)+",
     re.IGNORECASE,
 )
+#: "Briefly name the field": what may stand between these and the verb.
+ADVERB = re.compile(r"(?!reply|apply|only)[a-z]+ly\s+", re.IGNORECASE)
 #: Verbs that say how to answer.
 ANSWERS = listed(
     "answer choose end format give keep limit omit output pick print put quote reply respond "

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from trainer.reporting.inspection import Control, PromptInspection, TokenInspection
+from trainer.reporting.inspection import (
+    Control,
+    PromptInspection,
+    TokenInspection,
+    losses_without,
+)
 
 NONE = "–"
 #: Nearest tokens that are shown of every virtual token.
@@ -37,7 +42,8 @@ class InspectionView:
 
 def inspection_view(name: str, inspection: PromptInspection) -> InspectionView:
     """Format the inspection of a prompt; columns without any value are left out."""
-    rows = [_token(token) for token in inspection.tokens]
+    effects = losses_without(inspection.tokens)
+    rows = [_token(token, effect) for token, effect in zip(inspection.tokens, effects, strict=True)]
     titles = [title for title in (rows[0] if rows else ()) if any(r[title] != NONE for r in rows)]
     controls = [("this prompt", inspection.elicited, inspection.class_rate, inspection.loss)]
     for kind in ("random", "initial", "other_task"):
@@ -60,22 +66,17 @@ def inspection_view(name: str, inspection: PromptInspection) -> InspectionView:
     )
 
 
-def _token(token: TokenInspection) -> dict[str, str]:
+def _token(token: TokenInspection, effect: str | None) -> dict[str, str]:
     nearest = [
         f"{each.token!r} {each.cosine:.2f}".replace(" ", NO_BREAK)
         for each in token.nearest[:NEAREST]
     ]
     attention = [share for share in token.attention or () if share is not None]
-    effect = NONE
-    if token.leave_one_out is not None:
-        effect = f"{token.leave_one_out:+.4f}"
-        if token.leave_one_out_low is not None and token.leave_one_out_high is not None:
-            effect += f" ({token.leave_one_out_low:+.4f} to {token.leave_one_out_high:+.4f})"
     same = "" if token.redundant_with is None else f" with {token.redundant_with}"
     return {
         "token": str(token.index),
         "nearest tokens, cosine": ", ".join(nearest) or NONE,
-        "loss without it": effect,
+        "loss without it": effect or NONE,
         "attention": f"{fmean(attention):.1%}" if attention else NONE,
         "norm percentile": _number(token.norm_percentile, ".0f"),
         "key norm": _number(token.key_norm, ".2f"),
