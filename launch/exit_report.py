@@ -44,6 +44,7 @@ def describe(
     resumable: bool,
     first: tuple[str, int] = ("", 0),
     hung: str = "",
+    error: str = "",
 ) -> ExitReport:
     """Derive the exit code, and a message if no rank can have printed one.
 
@@ -52,6 +53,7 @@ def describe(
         first: the rank that failed first, and the signal that killed it (0: none).
         hung: why the watchdog aborted the run; empty if it did not.
         resumable: rerunning the command resumes a stopped run.
+        error: error of the rank that failed first, unless it has printed it.
     """
     if returncode == EXIT_DONE and not lost:
         return ExitReport(EXIT_DONE)
@@ -71,7 +73,7 @@ def describe(
     else:
         who, by = first
         who = who or ("the launcher" if returncode < 0 else "a process")
-        how = _describe(-by or returncode, who)
+        how = _describe(-by or returncode, who) + (f": {error}" if error else "")
     return ExitReport(EXIT_FAILURE, f"{how}; see the logs in {log.parent}")
 
 

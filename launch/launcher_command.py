@@ -99,7 +99,8 @@ def visible_gpus(uuids: Sequence[str], visible: str | None) -> list[int]:
             raise BadInput(f"CUDA_VISIBLE_DEVICES={visible}: MIG instances are not supported")
         if len(matches) != 1:
             raise BadInput(
-                f"CUDA_VISIBLE_DEVICES={visible}: no GPU {entry!r} here; found {len(uuids)}"
+                f"CUDA_VISIBLE_DEVICES={visible}: no GPU {entry!r} here; found {len(uuids)}; unset "
+                "it, or leave it empty to run on CPU"
             )
         ids += matches
     return ids
@@ -253,6 +254,7 @@ def environment(
     result[bootstrap.PARENT] = str(os.getpid())
     result.setdefault("OMP_NUM_THREADS", str(max(1, cores // len(devices.ids))))
     result.pop("CUDA_VISIBLE_DEVICES", None)  # the launcher sets it per rank
+    result.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed requires it to equal LOCAL_RANK
     if devices.kind == "cuda":
         result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of list_gpus
     else:

@@ -28,6 +28,7 @@ import psutil
 
 from launch import messages, orphan_guard, preflight
 from launch.exit_report import REFUSED, VERDICT, ExitReport, describe
+from launch.run_logs import last_error, rank_log
 from trainer.checkpointing.run_lock import Holder
 from trainer.distributed.watchdog import LOST, read_lost
 from trainer.runtime import bootstrap
@@ -170,6 +171,7 @@ def run_local(
             unfinished.write_text(Holder.here().to_json())  # for `promptshard status`
         environment[UNFINISHED] = str(unfinished)
     stop = StopSignals()
+    ends = {path: path.stat().st_size for path in log.parent.glob("rank-*.log")}
     with log.open("wb") as chatter, stop.listening():
         with _blocked(STOPPING):
             process = start(
@@ -205,9 +207,23 @@ def run_local(
         resumable=module == TRAINER,
         first=first,
         hung=read_lost(log.parent),
+        error=_unprinted_error(first, log.parent, ends),
     )
     _record(report, log)
     return report
+
+
+def _unprinted_error(first: tuple[str, int], logs: Path, ends: Mapping[Path, int]) -> str:
+    """Return the error of the rank that failed first; only rank 0 has printed its own.
+
+    Args:
+        ends: sizes of the logs before the ranks started.
+    """
+    name, killed_by = first
+    log = rank_log(logs, name)
+    if log is None or killed_by or name.startswith("rank 0 "):
+        return ""
+    return last_error(log, ends.get(log, 0))
 
 
 def _record(report: ExitReport, log: Path) -> None:

@@ -61,8 +61,7 @@ def failure_log(run_dir: Path) -> LogTail | None:
     logs = run_dir / "logs"
     changed = _by_change([*logs.glob("rank-*.log")])
     newest = max(changed.values(), default=0.0)
-    first = _RANK.match(launcher_verdict(run_dir))
-    named = logs / f"rank-{first[1]}.log" if first else None
+    named = rank_log(logs, launcher_verdict(run_dir))
     for path in sorted(changed, key=lambda path: (path != named, changed[path])):
         tail = _tail(path)
         if tail.error and newest - changed[path] < SAME_START:
@@ -70,6 +69,17 @@ def failure_log(run_dir: Path) -> LogTail | None:
     changed = _by_change(launcher_logs(run_dir)) or changed
     last = max(changed, key=lambda path: changed[path], default=None)
     return None if last is None else _tail(last)
+
+
+def rank_log(logs: Path, name: str) -> Path | None:
+    """Return the log of a rank, such as "rank 1 (process 7 on a)"; None for other processes."""
+    rank = _RANK.match(name)
+    return logs / f"rank-{rank[1]}.log" if rank else None
+
+
+def last_error(log: Path, start: int) -> str:
+    """Return the error in the last traceback of a log from byte ``start``; empty without one."""
+    return _tail(log, start).error
 
 
 def failed_without_summary(run_dir: Path) -> str:
@@ -96,10 +106,10 @@ def refusal(run_dir: Path) -> str:
     return errors[-1].removeprefix("error: ") if errors else REFUSED
 
 
-def _tail(path: Path) -> LogTail:
+def _tail(path: Path, start: int = 0) -> LogTail:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            file.seek(max(start, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             text = file.read(TAIL_BYTES).decode("utf-8", "replace")
     except OSError:
         return LogTail(str(path))

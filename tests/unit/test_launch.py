@@ -239,7 +239,8 @@ def test_environment_shares_the_cores_and_hides_nothing_else():
     assert cpu == {"A": "1", **added}
     active = environment({"OMP_WAIT_POLICY": "ACTIVE"}, two, 8)
     assert active["OMP_WAIT_POLICY"] == "ACTIVE", "that of the user"
-    gpu = environment({"CUDA_VISIBLE_DEVICES": "1"}, Devices("cuda", (1,)), 8)
+    in_mpi = {"CUDA_VISIBLE_DEVICES": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    gpu = environment(in_mpi, Devices("cuda", (1,)), 8)
     assert gpu == {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert environment({"OMP_NUM_THREADS": "3"}, two, 1)["OMP_NUM_THREADS"] == "3"
     assert environment({}, two, 1)["OMP_NUM_THREADS"] == "1"
@@ -449,6 +450,39 @@ def test_ranks_that_wait_for_a_lost_one_are_ended(tmp_path, monkeypatch):
     assert time.monotonic() - started < 25
     assert ending.code == 1
     assert re.match(r"rank 6 \(process \d+ on \S+\) was killed by SIGKILL", ending.message)
+
+
+#: A launcher whose second rank fails.
+FAILED = """
+import os, subprocess, sys, time
+ends = ("pass", sys.argv[2])
+with open(sys.argv[1], "a") as log:
+    ranks = [subprocess.Popen([sys.executable, "-c", end], stderr=log) for end in ends]
+for rank in ranks:
+    print(f"[launch] process {rank.pid} spawned with command: ...", flush=True)
+print(f"Process {ranks[0].pid} exits successfully.", flush=True)
+os.waitid(os.P_PID, ranks[1].pid, os.WEXITED | os.WNOWAIT)
+time.sleep(1)  # the launcher keeps failed ranks as zombies, too
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("first_rank", [0, 3])
+def test_the_error_of_a_rank_other_than_0_is_shown(tmp_path, first_rank):
+    """Only rank 0 prints; the error of an earlier start stays in the log."""
+    log = tmp_path / f"rank-{first_rank + 1}.log"
+    log.write_text("Traceback (most recent call last)\nKeyError: 'earlier'\n")
+
+    def message(end: str) -> str:
+        command = [sys.executable, "-c", FAILED, str(log), end]
+        chatter = tmp_path / "launcher.log"
+        return launcher_process.run_local(
+            command, os.environ, chatter, "trainer", 2, first_rank=first_rank
+        ).message
+
+    ended = rf"rank {first_rank + 1} \(process \d+ on \S+\) ended with exit code 1"
+    assert re.match(f"{ended}: ValueError: 7; see the logs", message("raise ValueError(7)"))
+    assert re.match(f"{ended}; see the logs", message("raise SystemExit(1)"))
 
 
 #: A launcher with a rank that ends well without having done anything.
