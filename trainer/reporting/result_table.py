@@ -274,6 +274,7 @@ def _baseline_rows(result: TaskResult, teachers: Mapping[str, str | None]) -> li
 def _prompt_row(prompt: Prompt, result: PromptResult) -> ResultRow:
     reason = result.stopped.reason if result.stopped else ""
     tokens = result.num_virtual_tokens or prompt.num_virtual_tokens
+    length = f"{tokens} virtual token{'' if tokens == 1 else 's'}"
     distilled = prompt.objective == "distill"
     return ResultRow(
         name=prompt.name,
@@ -284,7 +285,7 @@ def _prompt_row(prompt: Prompt, result: PromptResult) -> ResultRow:
         teacher=(prompt.teacher or prompt.name) if distilled else None,
         eliminated=reason == "halving",
         diverged=reason == "diverged",
-        detail=", ".join(filter(None, [f"{tokens} virtual tokens", stopped_early(result)])),
+        detail=", ".join(filter(None, [length, stopped_early(result)])),
         stop=result.stopped if reason in STOPPED else None,
     )
 

@@ -314,7 +314,7 @@ def _detail(prompt: Prompt, result: PromptResult) -> str:
     relative = prompt.relative_learning_rate
     rate = f"lr {prompt.learning_rate or 0:g}" if relative is None else f"relative lr {relative:g}"
     details = [
-        f"{result.num_virtual_tokens or prompt.num_virtual_tokens} virtual tokens",
+        _count(result.num_virtual_tokens or prompt.num_virtual_tokens, "virtual token"),
         prompt.method.replace("_", " ").replace("p tuning", "p-tuning"),
         rate,
         "distilled" if prompt.objective == "distill" else "",
