@@ -18,6 +18,7 @@ from trainer.evaluation.metric_sums import (
     row_sums,
     score_interval,
 )
+from trainer.evaluation.statistics import wilson_interval
 
 CHOICES = ["a", "b", "c"]
 
@@ -153,6 +154,35 @@ def test_equal_arms_have_no_difference() -> None:
     sums = row_sums("loss", task(), records)
     result = paired_difference("loss", sums, sums)
     assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "rouge_l", "bleu"])
+def test_scores_without_spread_are_neither_certain_nor_equal(metric: str) -> None:
+    """All rows wrong beside all rows right, or two equal arms."""
+    settings = task(choices=["a b c d", "e f g h"], metric="accuracy")
+    right = [{"row": i, "target": "a b c d", "prediction": "a b c d"} for i in range(40)]
+    wrong = [record | {"prediction": "e f g h"} for record in right]
+    worst, best = (row_sums(metric, settings, records) for records in (wrong, right))
+    assert (worst.score, best.score) == pytest.approx((0, 1))
+    low, high = score_interval(metric, worst)
+    assert (low, high) == pytest.approx(wilson_interval(0, 40))
+    assert score_interval(metric, best)[0] < 0.95
+    result = paired_difference(metric, worst, best)
+    assert result.difference == pytest.approx(-1)
+    assert result.p_value < 0.001
+    assert -1 <= result.low < result.high < -0.8
+    equal = paired_difference(metric, best, best)
+    assert (equal.difference, equal.p_value) == (0, 1)
+    assert equal.low < 0 < equal.high
+
+
+def test_two_rows_are_too_few_for_a_significant_loss() -> None:
+    first, second = (
+        row_sums("loss", task(), [{"row": i, "loss": loss, "tokens": 1} for i in range(2)])
+        for loss in (2.0, 1.0)
+    )
+    result = paired_difference("loss", first, second)
+    assert (result.difference, result.p_value) == (1, 0.5)
 
 
 def test_calibration_by_hand() -> None:

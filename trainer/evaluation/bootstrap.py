@@ -39,7 +39,8 @@ def bootstrap(
     Intervals are bias-corrected and accelerated (BCa; B. Efron, Better Bootstrap Confidence
     Intervals, JASA 82, 1987), with many rows percentile intervals. The p-value is the share of
     resamples whose distance from the statistic is at least the distance of the statistic from 0
-    (P. Hall and S. Wilson, Two Guidelines for Bootstrap Hypothesis Testing, Biometrics 47, 1991).
+    (P. Hall and S. Wilson, Two Guidelines for Bootstrap Hypothesis Testing, Biometrics 47, 1991),
+    at least the smallest p-value that a test of signs has on so few rows.
 
     Args:
         statistic: maps indices of rows, [..., rows], to values [...].
@@ -61,11 +62,13 @@ def bootstrap(
         )
     values = result.bootstrap_distribution
     error = float(np.std(values, ddof=1))
-    if error == 0 or not np.isfinite(values).all():
-        return Resampled((value, value) if error == 0 else (math.nan, math.nan), error, 1.0)
+    if not np.isfinite(values).all():
+        return Resampled((math.nan, math.nan), error, 1.0)
+    extreme = int((np.abs(values - value) >= abs(value)).sum())
+    p_value = max((1 + extreme) / (1 + RESAMPLES), 2.0 ** (1 - rows)) if value else 1.0
+    if error == 0:
+        return Resampled((value, value), error, p_value)
     low, high = result.confidence_interval
     if not (math.isfinite(low) and math.isfinite(high)):
         low, high = np.quantile(values, [0.025, 0.975])
-    extreme = int((np.abs(values - value) >= abs(value)).sum())
-    p_value = (1 + extreme) / (1 + RESAMPLES) if value else 1.0
     return Resampled((float(low), float(high)), error, p_value)

@@ -35,6 +35,8 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 TEXT_METRICS = {"rouge_l": "rouge-score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
 #: Words of the longest sequences that BLEU counts.
 BLEU_WORDS = 4
+#: Standard error of scores from 0 to 1 that differ only by rounding.
+NO_SPREAD = 1e-9
 #: All metrics except ``pass@k``, which is written with a number for k.
 METRICS = (
     "accuracy",
@@ -152,26 +154,34 @@ def row_sums(metric: str, task: Task, records: Sequence[Mapping[str, Any]]) -> R
 
 
 def score_interval(metric: str, sums: RowSums) -> tuple[float, float]:
-    """95% interval of a score: Wilson for rates and pass@k, else bootstrap over rows."""
+    """95% interval of a score: Wilson for rates and pass@k, else bootstrap over rows.
+
+    If all rows are equally good, resampled rows do not differ; then it is Wilson's, too.
+    """
     if metric in RATES:
         return wilson_interval(sums.score, len(sums.values_RC))
     if k_of(metric) is not None:
         return wilson_interval(sums.score, effective_rows(sums.values_RC[:, 0]))
-    return bootstrap(sums.scores_of, len(sums.values_RC)).interval
+    result = bootstrap(sums.scores_of, len(sums.values_RC))
+    if result.standard_error < NO_SPREAD and metric not in LOWER_IS_BETTER:
+        return wilson_interval(min(1.0, sums.score), len(sums.values_RC))
+    return result.interval
 
 
 def paired_difference(metric: str, first: RowSums, second: RowSums) -> Difference:
     """Compare two scores on the same rows.
 
-    Exact McNemar test for rates, paired permutation test for pass@k, else paired bootstrap.
+    Exact McNemar test for rates, paired permutation test for pass@k, else paired bootstrap. If all
+    rows have the same difference, resampled rows do not differ; then it is a permutation test, too.
     """
     if metric in RATES:
         return paired_rates(first.values_RC[:, 0] == 1, second.values_RC[:, 0] == 1)
     if k_of(metric) is not None:
         return paired_fractions(first.values_RC[:, 0], second.values_RC[:, 0])
-    result = bootstrap(
-        lambda index: first.scores_of(index) - second.scores_of(index), len(first.values_RC)
-    )
+    rows = len(first.values_RC)
+    result = bootstrap(lambda index: first.scores_of(index) - second.scores_of(index), rows)
+    if result.standard_error < NO_SPREAD and metric not in LOWER_IS_BETTER:
+        return paired_fractions(np.full(rows, first.score), np.full(rows, second.score))
     return Difference(
         first.score - second.score,
         *result.interval,

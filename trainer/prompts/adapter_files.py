@@ -147,6 +147,8 @@ def _layers(
         for name, values in plain.items()
         if settings.get(name) not in values
     ]
+    if problems:
+        raise BadInput(problems)
     layers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for tensor, shape in shapes.items():
         match = _PARTS[kind].fullmatch(tensor.removeprefix(LAYER_PREFIX))

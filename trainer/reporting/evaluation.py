@@ -120,6 +120,7 @@ CHANGES_REMARK = (
     "difference: to the score of the same prompt on the validation rows, with 95% interval; paired "
     "by row except for shifted validation."
 )
+METRIC_TITLES = {"rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
 #: Columns that a narrow terminal leaves out, the first one first.
 OPTIONAL = ("Brier", "set-up", "bytes", "ECE", "FLOPs", "paid after", "tokens", "p")
 
@@ -129,7 +130,7 @@ def titles(task: TaskEvaluation) -> list[str]:
     calibrated = any(arm.ece is not None for arm in task.arms)
     paid = any(arm.paid_after_queries is not None for arm in task.arms)
     return [
-        task.metric.replace("_", " ").replace("f1", "F1"),
+        METRIC_TITLES.get(task.metric, task.metric.replace("_", " ").replace("f1", "F1")),
         "difference",
         "p",
         *(["ECE", "Brier"] if calibrated else []),
