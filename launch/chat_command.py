@@ -14,6 +14,7 @@ from launch.chat_session import ChatSession
 from launch.chat_terminal import ChatTerminal
 from trainer.inference.saved_run import open_run
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE
+from trainer.runtime.log_folder import inference_logs
 
 
 def chat(
@@ -61,5 +62,6 @@ def chat(
     finally:
         signal.signal(signal.SIGINT, before)
     if code not in (EXIT_DONE, EXIT_BAD_INPUT):  # the ranks have printed what is invalid
-        messages.failure(f"the processes have ended; see the logs in {Path(run_dir) / 'logs'}")
+        logs = inference_logs(Path(run_dir))
+        messages.failure(f"the processes have ended; see the logs in {logs}")
     raise typer.Exit(code)

@@ -10,11 +10,13 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from launch import launcher_command, launcher_process, messages, preflight
 from launch.start import count
 from trainer.commands.chat.messages import Channel, Question, Reply
 from trainer.runtime.errors import EXIT_FAILURE
+from trainer.runtime.log_folder import inference_logs
 
 MODULE = "trainer.commands.chat"
 #: Seconds in which the ranks end by themselves after the socket is closed.
@@ -59,7 +61,7 @@ def engine(run_dir: str, processes: int | None) -> Iterator[ChatEngine]:
     )
     wanted = 1 if processes is None and not gpus else processes
     devices = launcher_command.choose_devices(wanted, gpus)
-    log = preflight.open_log(run_dir, "launcher-chat.log")
+    log = preflight.open_log(inference_logs(Path(run_dir)), "launcher-chat.log")
     messages.note(f"starting {count(len(devices.ids), 'process')}; logs: {log.parent}")
     cores = len(os.sched_getaffinity(0))
     environment = launcher_command.environment(os.environ, devices, cores, [run_dir])

@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
@@ -58,7 +59,7 @@ def run(
     if interface := _interface(place):
         # gloo would use the address of this host's name, which is 127.0.1.1 on Debian
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-    log = preflight.open_log(output_dir, f"launcher-host{place.rank}.log")
+    log = preflight.open_log(Path(output_dir) / "logs", f"launcher-host{place.rank}.log")
     if place.rank == 0:
         total = sum(host.slots for host in place.hosts)
         where = f"on {len(place.hosts)} hosts, rendezvous at {place.address}:{place.port}"

@@ -156,22 +156,26 @@ def check_new_file(path: Path) -> Path:
     return path
 
 
-def open_log(output_dir: str, name: str) -> Path:
-    """Create a log file in ``output_dir`` that only its owner may read; return its path."""
-    log = Path(output_dir) / "logs" / name
-    with writing(output_dir):
-        log.parent.mkdir(parents=True, exist_ok=True)
+def open_log(logs: Path, name: str) -> Path:
+    """Create a log file that only its owner may read; return its path."""
+    log = logs / name
+    setting = "output_dir" if logs.name == "logs" else "PROMPTSHARD_CACHE"
+    with writing(logs, setting):
+        logs.mkdir(parents=True, exist_ok=True)
         os.close(open_private(log))
     return log
 
 
 @contextmanager
-def writing(folder: str | Path) -> Iterator[None]:
-    """Raise ``BadInput`` if writing to the output folder fails in the ``with`` block."""
+def writing(folder: str | Path, setting: str = "output_dir") -> Iterator[None]:
+    """Raise ``BadInput`` if writing to the folder fails in the ``with`` block."""
     try:
         yield
     except OSError as error:
-        raise BadInput(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+        raise BadInput(
+            f"{setting}: cannot write to {folder}: {error.strerror}; choose a folder that you can "
+            "write to"
+        ) from None
 
 
 def _base(config: RunConfig) -> Iterator[str]:

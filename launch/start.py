@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launch import launcher_command, launcher_process, messages, preflight, ssh
 from launch.exit_report import ExitReport
 from trainer.runtime import bootstrap
+from trainer.runtime.log_folder import inference_logs
 
 
 def start_ranks(
@@ -25,16 +27,18 @@ def start_ranks(
 
     Args:
         ranks_per_host: None for one rank per GPU, or for the slots of the hostfile.
-        single: the default without a GPU is one rank.
+        single: the command only reads the run; the default without a GPU is one rank.
     """
     log_name = "launcher.log" if module == "trainer" else f"launcher-{module.split('.')[-1]}.log"
+    folder = Path(output_dir)
+    logs = inference_logs(folder) if single else folder / "logs"
     hosts = launcher_command.read_hostfile(hostfile) if hostfile else []
     if hostfile and not launcher_command.is_local(hosts):
         command = launcher_command.hostfile_command(
             module, arguments, hostfile, ranks_per_host, launcher_command.free_port()
         )
         launcher_command.check_remote([*command[command.index(bootstrap.FILE, 2) :]])
-        log = preflight.open_log(output_dir, log_name)
+        log = preflight.open_log(logs, log_name)
         ranks = f"{sum(host.slots for host in hosts)} processes on {len(hosts)} hosts"
         messages.note(f"starting {ranks}; logs: {log.parent}")
         messages.note(launcher_command.by_hand(module, arguments, None, hostfile))
@@ -48,7 +52,7 @@ def start_ranks(
     devices = launcher_command.choose_devices(
         slots if ranks_per_host is None else ranks_per_host, gpus
     )
-    log = preflight.open_log(output_dir, log_name)
+    log = preflight.open_log(logs, log_name)
     where = "CPU" if devices.kind == "cpu" else "GPU " + ", ".join(map(str, devices.ids))
     messages.note(f"starting {count(len(devices.ids), 'process')} on {where}; logs: {log.parent}")
     direct = len(devices.ids) == 1

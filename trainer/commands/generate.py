@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trainer.inference.saved_run import open_run
 from trainer.runtime.console import Console
+from trainer.runtime.log_folder import inference_logs
 from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_guarded
 
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def program(console: Console) -> None:
         _generate(folder, args.prompt, args.input, args.max_new_tokens, console)
 
-    return run_guarded(int(os.environ.get("RANK", "0")), folder / "logs", program, answers=True)
+    rank = int(os.environ.get("RANK", "0"))
+    return run_guarded(rank, inference_logs(folder), program, answers=True)
 
 
 def _generate(

@@ -10,6 +10,6 @@ In the order in which a process uses them:
    a running ``Phase``, seconds by phase. ``redact``: hide credentials and escape control
    characters.
 4. ``atomic_io``, ``json_file``: write files atomically, read untrusted JSON. ``cache_dir``,
-   ``git_revision``: location of caches, revision of the code. ``freed_memory``: return freed memory
-   to the system.
+   ``log_folder``, ``git_revision``: location of caches and of logs, revision of the code.
+   ``freed_memory``: return freed memory to the system.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trainer.commands.chat.messages import Channel
 from trainer.runtime.console import Console
+from trainer.runtime.log_folder import inference_logs
 from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_guarded
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from trainer.commands.chat.program import chat
         chat(folder, channel, console)
 
-    return run_guarded(rank, folder / "logs", program, answers=True)
+    return run_guarded(rank, inference_logs(folder), program, answers=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from trainer.inference.stream import Stream, StreamingDecoder
 from trainer.inference.stream_text import Piece
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.log_folder import inference_logs
 
 
 def chat(run_dir: Path, channel: Channel | None, console: Console) -> None:
@@ -30,7 +31,7 @@ def chat(run_dir: Path, channel: Channel | None, console: Console) -> None:
     """
     run = open_run(run_dir)
     engine = open_engine(run.config.engine.timeout_seconds)
-    engine.start_watchdog(run_dir / "logs", run.config.engine.silence_seconds)
+    engine.start_watchdog(inference_logs(run_dir), run.config.engine.silence_seconds)
     digests = engine.run_on_main(lambda: base_digests(run_dir))
     trained = list(run.prompts.values())
     opened = open_inference_base(engine, run, console, prompts=trained, digests=digests)

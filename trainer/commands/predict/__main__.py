@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from trainer.commands.predict.plan import parse
 from trainer.runtime.console import Console
+from trainer.runtime.log_folder import inference_logs
 from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_guarded
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     return run_guarded(
         int(os.environ.get("RANK", "0")),
-        options.run_dir / "logs",
+        inference_logs(options.run_dir),
         program,
         resumes_from=lambda folder: "the rows that have been predicted",
     )

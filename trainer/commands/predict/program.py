@@ -26,6 +26,7 @@ from trainer.inference.predictions import (
 )
 from trainer.runtime import stop_signals
 from trainer.runtime.console import Console
+from trainer.runtime.log_folder import inference_logs
 
 #: Rows of a block, per rank: the first block, the largest, and the largest if texts are generated.
 #: A stopped command repeats at most one block.
@@ -45,7 +46,7 @@ def run_predict(options: Options, console: Console) -> None:
     plan = make_plan(options)
     settings = plan.run.config.engine
     engine = open_engine(settings.timeout_seconds)
-    engine.start_watchdog(options.run_dir / "logs", settings.silence_seconds)
+    engine.start_watchdog(inference_logs(options.run_dir), settings.silence_seconds)
     output = OutputFile(options.out) if engine.is_main else None
     with engine.held_on_main(None if output is None else output.locked()):
         identity = plan.identity(options)

@@ -12,6 +12,7 @@ from trainer.commands.serve.options import TOKEN_VARIABLE, parse
 from trainer.inference.saved_run import open_run
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.log_folder import inference_logs
 from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import report_bad_input, run_guarded
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from trainer.commands.serve.program import serve
         serve(options, run, chosen, token, console)
 
-    return run_guarded(rank, options.run_dir / "logs", program)
+    return run_guarded(rank, inference_logs(options.run_dir), program)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from trainer.inference.stream import Limits, StreamingDecoder
 from trainer.prompts.saved_prompts import WEIGHTS
 from trainer.runtime import stop_signals
 from trainer.runtime.console import Console
+from trainer.runtime.log_folder import inference_logs
 
 #: Seconds in which clients receive the rest of their answers when the server stops.
 STOP_SECONDS = 10
@@ -40,7 +41,7 @@ def serve(
         BadInput: on all ranks, before the base is loaded.
     """
     engine = open_engine(run.config.engine.timeout_seconds)
-    engine.start_watchdog(options.run_dir / "logs", run.config.engine.silence_seconds)
+    engine.start_watchdog(inference_logs(options.run_dir), run.config.engine.silence_seconds)
     listening = engine.run_on_all(lambda: options.bind() if engine.is_main else None)
     digests = engine.run_on_main(lambda: base_digests(options.run_dir))
     opened = open_inference_base(engine, run, console, prompts=chosen, digests=digests)
