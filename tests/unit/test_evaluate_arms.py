@@ -29,6 +29,7 @@ from trainer.data.task_data import load_tasks
 from trainer.data.tokenization.tokenize import no_progress
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.metric_sums import row_sums
+from trainer.evaluation.prediction_files import files_in
 from trainer.evaluation.read_texts import mean_hidden_states
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.prompted_model import PromptedBase
@@ -307,6 +308,7 @@ def test_records_of_other_settings_are_kept_and_used_again(tmp_path: Path) -> No
     assert store.records(*place) == []
     assert store.setup_seconds(*place) is None
     store.append(*place, [{"row": 1, "predictions": ["a", "c"]}])
+    assert [path.stem for path in files_in(tmp_path)] == ["soft"], "only the current ones"
     assert open_with("greedy") == 2
     assert [record["prediction"] for record in store.records(*place)] == ["a", "b"]
     assert store.setup_seconds(*place) == 2.5

@@ -46,8 +46,10 @@ def path_of(output_dir: Path, name: str) -> Path:
 
 
 def files_in(output_dir: Path) -> list[Path]:
-    """All prediction files of a run."""
-    return sorted((output_dir / FOLDER).rglob("*.jsonl"))
+    """All prediction files of a run, without those in hidden folders: of earlier evaluations."""
+    folder = output_dir / FOLDER
+    files = sorted(folder.rglob("*.jsonl"))
+    return [p for p in files if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     TASK/ARM.jsonl         a record per row, in the order of the rows
     TASK/ARM.json          how the answers were made, and the digest of all that they depend on
-    TASK/earlier/          the same two files for other rows, metrics, sampling settings or prompts
+    TASK/.earlier/         the same two files for other rows, metrics, sampling settings or prompts
     TASK/.retrieved.json   train rows retrieved by hidden states
 
 These files are in ``RUN_DIR/predictions/evaluation``.
@@ -30,8 +30,8 @@ from trainer.runtime.json_file import read_json_object
 EVALUATION = "evaluation"
 #: File of a task with the rows that the base retrieved. No arm has this name.
 RETRIEVED = ".retrieved.json"
-#: Folder of a task with the records that the last evaluation did not use.
-EARLIER = "earlier"
+#: Hidden folder of a task with the records that the last evaluation did not use.
+EARLIER = ".earlier"
 
 
 class PredictionStore:
