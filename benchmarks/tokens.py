@@ -98,17 +98,17 @@ def measure(count: int, quick: bool) -> dict[str, Any]:
 
     from trainer.config import Task
     from trainer.data.sampler import TokenBudgetSampler
-    from trainer.data.tokenization import worker_pool
     from trainer.data.tokenization.tokenize import tokenize
     from trainer.distributed.prefetch import RankInfo, prepare_step
     from trainer.packing.packed_row import PackedRow, PromptLengths
+    from trainer.runtime.limits import num_cores
 
     tokenizer: Any = Words()
     if not quick:
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny_base")
     task = Task(name="t", input="{text}\nTopic:", target=" {label}", train="-", too_long="truncate")
     memory = Memory()
-    figures: dict[str, Any] = {"rows": count, "quick": quick, "workers": worker_pool.num_cores()}
+    figures: dict[str, Any] = {"rows": count, "quick": quick, "workers": num_cores()}
     figures["before_mb"] = memory.since_last()
 
     started = time.perf_counter()

@@ -16,6 +16,7 @@ from launch import launcher_command, launcher_process, messages, preflight
 from launch.start import count
 from trainer.commands.chat.messages import Channel, Question, Reply
 from trainer.runtime.errors import EXIT_FAILURE
+from trainer.runtime.limits import num_cores
 from trainer.runtime.log_folder import inference_logs
 
 MODULE = "trainer.commands.chat"
@@ -63,7 +64,7 @@ def engine(run_dir: str, processes: int | None) -> Iterator[ChatEngine]:
     devices = launcher_command.choose_devices(wanted, gpus)
     log = preflight.open_log(inference_logs(Path(run_dir)), "launcher-chat.log")
     messages.note(f"starting {count(len(devices.ids), 'process')}; logs: {log.parent}")
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     environment = launcher_command.environment(os.environ, devices, cores, [run_dir])
     if len(devices.ids) == 1:
         command, environment = launcher_command.direct_command(MODULE, devices, environment)

@@ -24,6 +24,7 @@ from launch.launcher_command import Host, Place
 from launch.start import count
 from trainer.config import load
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from trainer.runtime.limits import num_cores
 
 DEFAULT_PORT = 29500  # default of torch and DeepSpeed; must be the same on all hosts
 GRACE_SECONDS = 3600.0  # to save and exit; Slurm's time limit usually ends the job earlier
@@ -54,7 +55,7 @@ def run(
     if place.rank == 0:
         refuse_taken(place.port)
     devices = launcher_command.choose_devices(slots, gpus)
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     environment = launcher_command.environment(os.environ, devices, cores, arguments)
     if interface := _interface(place):
         # gloo would use the address of this host's name, which is 127.0.1.1 on Debian

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch import launcher_command, launcher_process, messages, preflight, ssh
 from launch.exit_report import ExitReport
 from trainer.runtime import bootstrap
+from trainer.runtime.limits import num_cores
 from trainer.runtime.log_folder import inference_logs
 
 
@@ -58,7 +59,7 @@ def start_ranks(
     direct = len(devices.ids) == 1
     if not direct:
         messages.note(launcher_command.by_hand(module, arguments, devices, None))
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     environment = launcher_command.environment(os.environ, devices, cores, arguments)
 
     def start() -> ExitReport:

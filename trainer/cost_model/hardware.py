@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import psutil
 from pydantic import Field, ValidationError
 
 from trainer.config.types import Number, Section
@@ -19,6 +18,7 @@ from trainer.config.yaml_parser import YamlError, parse
 from trainer.model.cpu_rates import CpuRates
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput, did_you_mean
+from trainer.runtime.limits import free_memory, num_cores
 from trainer.runtime.process import WAITING_THREADS
 
 DATA_FILE = Path(__file__).with_name("hardware.yaml")
@@ -214,7 +214,7 @@ def _device(gpu: Gpu, name: str, hardware: Hardware, dtype: str) -> Device:
 
 def this_cpu(ranks: int) -> Device:
     """Measure this machine in another process, which imports torch, and return one of its ranks."""
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)  # as the launcher sets them
+    threads = max(1, num_cores() // ranks)  # as the launcher sets them
     done = subprocess.run(
         bootstrap.command("trainer.model.cpu_rates"),
         env=WAITING_THREADS | os.environ | {"OMP_NUM_THREADS": str(threads)},
@@ -229,8 +229,8 @@ def cpu_device(ranks: int, rates: CpuRates) -> Device:
     """Return one of the ranks of this machine, whose cores and memory are divided among them."""
     memory_rate = rates.copy_rate / ranks
     return Device(
-        f"CPU ({len(os.sched_getaffinity(0))} cores)",
-        max(0, int(psutil.virtual_memory().available) // ranks - CPU_CONTEXT_BYTES),
+        f"CPU ({num_cores()} cores)",
+        max(0, free_memory() // ranks - CPU_CONTEXT_BYTES),
         rates.int8_flops or rates.float_flops,
         rates.float_flops,
         memory_rate,

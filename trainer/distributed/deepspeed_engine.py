@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from trainer.distributed.zero3_sharder import (
 )
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.runtime.errors import PortTaken
+from trainer.runtime.limits import free_memory
 from trainer.runtime.process import hidden
 
 # DeepSpeed's autotuner (0.19.8) imports mlflow if installed: a second and 100 MB per rank.
@@ -346,7 +346,7 @@ class Engine(Ranks):
     def _free_memory(self) -> int:
         """Free bytes of this rank's device; on CPU, of the node."""
         if self.device.type == "cpu":
-            return int(psutil.virtual_memory().available)
+            return free_memory()
         return int(get_accelerator().available_memory(self.local_rank))
 
     def _count_gathers(self) -> None:

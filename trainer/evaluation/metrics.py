@@ -22,6 +22,7 @@ from typing import Any
 from trainer.config import Task
 from trainer.evaluation.statistics import STANDARD_ERROR, macro_f1, ratio_scores
 from trainer.runtime.errors import BadInput
+from trainer.runtime.limits import num_cores
 
 _SANDBOX = Path(__file__).with_name("code_sandbox.py")
 _MAX_PROCESSES = 4
@@ -87,7 +88,7 @@ def execution(
     cpu_seconds: float = 0.5,
     wall_seconds: float = 5.0,
     memory_mb: int = 256,
-    processes: int = min(_MAX_PROCESSES, os.cpu_count() or 1),
+    processes: int = min(_MAX_PROCESSES, num_cores()),
     seccomp: bool = True,
 ) -> list[float]:
     """Run generated Python functions on test calls, in sandboxed processes with limits.

@@ -3,6 +3,7 @@
 In the order in which a process uses them:
 
 1. ``bootstrap``: run a module with a clean import path. ``process``: end with the parent process.
+   ``limits``: cores and memory in a container.
 2. ``rank_program``: run a rank and turn its exceptions (``errors.BadInput``, ``errors.PortTaken``)
    into exit codes. ``stdio``: redirect library output to the rank's log. ``stop_signals``: stop
    when loading, or after the current step.

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from trainer.runtime.limits import num_cores
 from trainer.runtime.process import die_with_parent
 
 T = TypeVar("T")
@@ -53,11 +54,6 @@ def map_in_order(
             yield in_flight.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pickle(work: Any) -> bytes | None:
