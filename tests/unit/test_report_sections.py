@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trainer.reporting.html.inspection_view import inspection_view
 from trainer.reporting.html.paired_rows import paired_rows
 from trainer.reporting.html.plots import PALEST, _depths, grid_plot
 from trainer.reporting.html.sweep_grids import sweep_grids
-from trainer.reporting.inspection import PromptInspection
+from trainer.reporting.inspection import INSPECTION_FILE, PromptInspection
 from trainer.reporting.result_table import TaskTable, task_tables
 from trainer.reporting.summary import Planned, RunSummary, load_summary, save_summary
 from trainer.tracking.run_metadata import RunMetadata
@@ -257,3 +258,36 @@ def test_the_plan_stands_beside_what_was_measured(tmp_path, monkeypatch):
     hours = facts["rank-hours (CPU)"]
     assert (hours.value, hours.planned) == ("0.1", "0.05"), "two ranks"
     assert "planned 3.4 MB" in write_report(folder).read_text()
+
+
+class StackedCells(HTMLParser):
+    """Cells of the tables whose rows are stacked in narrow windows, where headers are hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth: list[bool] = []
+        self.titles: list[str | None] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        if tag == "div":
+            self.depth.append("stack" in (values.get("class") or "").split())
+        if tag == "td" and any(self.depth):
+            self.titles.append(values.get("data-title"))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "div":
+            self.depth.pop()
+
+
+def test_cells_have_titles_where_headers_are_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.reporting.html.collect.curve_plots", lambda *_: [])
+    folder = finished_run(tmp_path)
+    token = {"index": 0, "leave_one_out": 0.02, "attention": [0.1]}
+    inspected = {"task": "triage", "tokens": [token], "elicited": "acne", "class_rate": 0.25}
+    (folder / INSPECTION_FILE).write_text(json.dumps({"prompts": {"triage": inspected}}))
+    cells = StackedCells()
+    cells.feed(write_report(folder).read_text())
+    assert all(cells.titles)
+    expected = {"accuracy", "text elicited", "loss without it", "rewrite", "file"}
+    assert expected <= set(cells.titles)
