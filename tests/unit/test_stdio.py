@@ -91,3 +91,26 @@ def test_a_closed_reader_or_a_full_disk_stops_nothing(tmp_path, where):
     os.close(out)
     assert done.returncode == 0, done.stderr
     assert "continued" in log.read_text()
+
+
+@pytest.mark.parametrize(("where", "code"), [("pipe", 0), ("/dev/full", 1)])
+def test_an_answer_that_is_lost_on_a_full_disk_is_an_error(tmp_path, where, code):
+    if where == "pipe":  # its reader has read enough
+        reading, out = os.pipe()
+        os.close(reading)
+    else:
+        out = os.open(where, os.O_WRONLY)
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from trainer.runtime.rank_program import run_guarded\n"
+        "answer = lambda console: console.answer('yes')\n"
+        "sys.exit(run_guarded(0, Path(sys.argv[1]), answer, answers=True))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(out)
+    assert done.returncode == code
+    error = "error: stdout: the result is not written: No space left on device\n"
+    assert done.stderr == (error if code else "")

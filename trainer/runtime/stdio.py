@@ -13,7 +13,6 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
 VARIABLE = "PROMPTSHARD_STDOUT_FD"
 
@@ -22,20 +21,32 @@ class DroppingStream(io.TextIOWrapper):
     """A stream that drops text instead of raising if its reader has exited or the disk is full.
 
     Ctrl-C also ends a ``tee`` that reads the output, but the run must still save its state.
+
+    Attributes:
+        lost: why text could not be written; empty if it was, or if its reader has exited.
     """
 
     def __init__(self, descriptor: int, *, close: bool = True) -> None:
+        self.lost = ""
         raw = io.BufferedWriter(io.FileIO(descriptor, "w", closefd=close))
         super().__init__(raw, encoding="utf-8", errors="replace", line_buffering=True)
 
     def write(self, text: str, /) -> int:
-        with suppress(OSError):
+        try:
             return super().write(text)
+        except OSError as error:
+            self._drop(error)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
+        try:
             super().flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            self.lost = error.strerror or str(error)
 
 
 def keep_streams() -> None:
@@ -60,7 +71,7 @@ def open_private(log: Path) -> int:
     return descriptor
 
 
-def claim(rank: int, log: Path) -> tuple[TextIO, TextIO]:
+def claim(rank: int, log: Path) -> tuple[DroppingStream, DroppingStream]:
     """Redirect descriptors 1 and 2 to ``log``; return streams to the user's stdout and stderr.
 
     Libraries, child processes and C code then write to the log. Call this before importing them. On
