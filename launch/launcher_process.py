@@ -45,6 +45,7 @@ NOTICE_SECONDS = 4.0  # between two progress lines while the ranks start
 POLL_SECONDS = 0.1
 REAL_STDOUT = 1  # file descriptor, even if sys.stdout was replaced
 SPAWNED = re.compile(r"process (\d+) spawned with command")
+LOST_PEER = re.compile(r"Connection (?:closed|reset) by peer|Broken pipe")  # errors of gloo
 ENDING_OTHERS = "Killing subprocess"  # logged by the launcher once a rank has failed
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -223,7 +224,8 @@ def _unprinted_error(first: tuple[str, int], logs: Path, ends: Mapping[Path, int
     log = rank_log(logs, name)
     if log is None or killed_by or name.startswith("rank 0 "):
         return ""
-    return last_error(log, ends.get(log, 0))
+    error = last_error(log, ends.get(log, 0))
+    return "" if LOST_PEER.search(error) else error
 
 
 def _record(report: ExitReport, log: Path) -> None:

@@ -483,6 +483,8 @@ def test_the_error_of_a_rank_other_than_0_is_shown(tmp_path, first_rank):
     ended = rf"rank {first_rank + 1} \(process \d+ on \S+\) ended with exit code 1"
     assert re.match(f"{ended}: ValueError: 7; see the logs", message("raise ValueError(7)"))
     assert re.match(f"{ended}; see the logs", message("raise SystemExit(1)"))
+    lost = "raise RuntimeError('Connection closed by peer')"  # another rank has the reason
+    assert re.match(f"{ended}; see the logs", message(lost))
 
 
 #: A launcher with a rank that ends well without having done anything.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -295,6 +296,17 @@ def test_work_that_cannot_be_pickled_runs_in_this_process(monkeypatch):
         (1, here),
         (2, here),
     ]
+
+
+def test_without_shared_memory_work_runs_in_this_process(monkeypatch):
+    """Semaphores need a writable /dev/shm, which some containers lack."""
+
+    def read_only(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("_multiprocessing.SemLock", read_only)
+    monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
+    assert list(worker_pool.map_in_order(abs, [(-1,), (2,)])) == [1, 2]
 
 
 def test_an_error_of_a_worker_is_raised_and_ends_the_others(monkeypatch):

@@ -31,7 +31,8 @@ def map_in_order(
     are spawned, because a forked process with threads may hang. They end with this process.
 
     Args:
-        work: sent to each worker once; if it cannot be pickled, it runs in this process.
+        work: sent to each worker once; it runs in this process if it cannot be pickled, or if the
+            system cannot start workers.
         in_process: use no workers.
 
     Raises:
@@ -39,11 +40,11 @@ def map_in_order(
     """
     workers = min(MAX_WORKERS, num_cores())
     pickled = None if in_process or workers < 2 else _pickle(work)
-    if pickled is None:
+    pool = None if pickled is None else _pool(workers, pickled)
+    if pool is None:
         for batch in batches:
             yield work(*batch)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (pickled,))
     in_flight: deque[Future[T]] = deque()
     try:
         for batch in batches:
@@ -54,6 +55,14 @@ def map_in_order(
             yield in_flight.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int, pickled: bytes) -> ProcessPoolExecutor | None:
+    """Start a pool; None where semaphores cannot be made, as without a writable /dev/shm."""
+    try:
+        return ProcessPoolExecutor(workers, get_context("spawn"), _start, (pickled,))
+    except (OSError, NotImplementedError):
+        return None
 
 
 def _pickle(work: Any) -> bytes | None:
