@@ -17,12 +17,15 @@ EXIT_CODES = """\
 
 
 def as_path(value: str | None) -> str | None:
-    """Check that a value can be the name of a file (typer callback)."""
+    """Check that a value can be the name of a file (typer callback).
+
+    The ranks would read a leading dash as an option, so ``./`` is added (but "-" means stdout).
+    """
     try:
         check_path(value or "")
     except ValueError as error:
         raise BadInput(str(error)) from None
-    return value
+    return f"./{value}" if value and value.startswith("-") and value != "-" else value
 
 
 def option(metavar: str, text: str | None = None, *names: str, **settings: Any) -> Any:

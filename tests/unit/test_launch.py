@@ -19,7 +19,7 @@ from unittest.mock import patch
 import pytest
 from typer.testing import CliRunner
 
-from launch import exit_report, launcher_command, launcher_process, node, preflight, ssh
+from launch import arguments, exit_report, launcher_command, launcher_process, node, preflight, ssh
 from launch.launcher_command import Devices, Host, Place
 from tests.command_line import promptshard
 from trainer.runtime import bootstrap
@@ -1069,3 +1069,9 @@ def test_verbose_is_no_part_of_the_recorded_command():
     args = _parser().parse_args(["r.yaml", "training.steps=5", "--verbose"])
     assert args.verbose
     assert shown_command(args) == "deepspeed --module trainer r.yaml training.steps=5"
+
+
+def test_paths_with_a_leading_dash_reach_the_ranks_as_paths():
+    """As in ``promptshard train -- -mine.yaml``."""
+    paths = [arguments.as_path(path) for path in ("-mine.yaml", "mine.yaml", "-", "", None)]
+    assert paths == ["./-mine.yaml", "mine.yaml", "-", "", None]
