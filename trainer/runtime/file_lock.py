@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +15,16 @@ from trainer.runtime.errors import BadInput
 def exclusive(path: Path, problem: str) -> Iterator[None]:
     """Hold the lock of a file, which is created if needed; its content does not change.
 
+    On a file system without locks, such as Lustre without the mount option flock, every process
+    acquires it.
+
     Raises:
         BadInput: with ``problem``, if another process has the lock.
     """
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadInput(problem) from None
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise BadInput(problem) from None
         yield
