@@ -32,6 +32,7 @@ from trainer.runtime.errors import BadInput
 TOKENS, IN, OUT = 96, 256, 192
 THRESHOLD = 6.0
 CPU = torch.device("cpu")
+CPP_BUILDER = "torch._inductor.cpp_builder"
 CACHE = "torch._inductor.runtime.cache_dir_utils"
 HAS_LIBRARY = missing_library() is None
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs bitsandbytes")
@@ -407,7 +408,7 @@ def no_compiler() -> None:
 @pytest.mark.parametrize(
     ("target", "value", "reason"),
     [
-        ("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler, r"a C\+\+ compiler"),
+        (f"{CPP_BUILDER}.get_cpp_compiler", no_compiler, r"a C\+\+ compiler"),
         ("sysconfig.get_path", lambda name: "/nowhere", "the headers of Python"),
         ("torch.utils.cpp_extension.TORCH_LIB_PATH", "/My files/torch/lib", "/My files/torch/lib"),
         (f"{CACHE}.cache_dir", lambda: "/tmp/my cache", "spaces .*TORCHINDUCTOR_CACHE_DIR"),
@@ -419,4 +420,15 @@ def test_what_keeps_torch_from_compiling_is_reported_at_load(monkeypatch, target
     monkeypatch.setattr(target, value)
     assert resolve_matmul("auto", "int8", CPU, 4096) == "dequantize"
     with pytest.raises(BadInput, match=rf"on a CPU with.* {reason}.*\); use auto or dequantize"):
+        resolve_matmul("int8", "int8", CPU, 4096)
+
+
+@pytest.mark.parametrize("compiler", ["", "/gone/g", "ccache g"])
+def test_a_compiler_of_the_environment_that_cannot_be_run_is_reported(monkeypatch, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    problem = rf"C\+\+ compiler \(CXX={compiler} cannot be run: unset it"
+    with (
+        torch._inductor.config.patch("cpp.cxx", (None, compiler)),  # read from CXX at import
+        pytest.raises(BadInput, match=problem),
+    ):
         resolve_matmul("int8", "int8", CPU, 4096)

@@ -30,8 +30,10 @@ def why_not_on_cpu() -> str | None:
 
     try:
         get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "without a C++ compiler (install g++)"
+    except (InvalidCxxCompiler, OSError):  # OSError: CXX is empty or a folder
+        compiler = os.environ.get("CXX")
+        remedy = "install g++" if compiler is None else f"CXX={compiler} cannot be run: unset it"
+        return f"without a C++ compiler ({remedy})"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "without the headers of Python (install python3-dev)"
     # torch 2.13 passes this path to the linker without quotes (pytorch pull request 191010).
