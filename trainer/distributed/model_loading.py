@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -108,8 +109,11 @@ def load_base(
         lengths: number of tokens of each training row, or of a sample; empty without training.
         kept_bytes: maximum bytes of parameters that stay gathered until a step ends; None: as many
             as fit.
-        only_inference: as in ``Engine.attach``.
+        only_inference: as in ``Engine.attach``. Other products and attention are used than those of
+            the run if this machine does not support them: it may not be the one that trained.
     """
+    if only_inference:
+        config = _supported(engine, config, console)
     settings = config.base
     dtype = compute_dtype(settings.dtype, engine.device)
     policy = engine.run_on_all(lambda: resolve_policy(config, dtype, files.config.hidden_size))
@@ -171,6 +175,34 @@ def load_base(
     base.flex = flex
     engine.attach(base, policy, placement.kept_bytes, only_inference=only_inference)
     return LoadedBase(base, stats, dtype, placement, matmul, memory, budget)
+
+
+def _supported(engine: Engine, config: RunConfig, console: Console) -> RunConfig:
+    """Replace products and attention that a rank does not support by ``auto``."""
+
+    def problem(resolve: Callable[[], object]) -> str:
+        try:
+            resolve()
+        except BadInput as error:
+            return error.problems[0]
+        return ""
+
+    base, device = config.base, engine.device
+    found = (
+        problem(lambda: resolve_matmul(base.matmul, base.quantization, device, 0)),
+        problem(lambda: resolve_attention(config.engine.attention, device, packed=True)),
+    )
+    matmul, attention = (
+        next(filter(None, problems), "") for problems in zip(*engine.all_gather(found), strict=True)
+    )
+    for text in filter(None, (matmul, attention)):
+        console.warn(f"{text.rpartition('; ')[0]}; using auto")
+    changes: dict[str, Any] = {}
+    if matmul:
+        changes["base"] = base.model_copy(update={"matmul": "auto"})
+    if attention:
+        changes["engine"] = config.engine.model_copy(update={"attention": "auto"})
+    return config.model_copy(update=changes)
 
 
 def _choose_matmul(
