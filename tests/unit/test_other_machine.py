@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.saved_run import TINY, save_run
 from trainer.config import load
 from trainer.distributed.model_loading import _supported
+from trainer.inference.opened_base import open_inference_base
+from trainer.inference.saved_run import open_run
 from trainer.model.layers import matmul_selection
+from trainer.runtime.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What another rank reports.
@@ -55,3 +59,16 @@ def test_auto_replaces_what_is_not_supported(monkeypatch: pytest.MonkeyPatch) ->
 def test_all_ranks_use_the_same() -> None:
     used = supported(["base.matmul=int8", "engine.attention=sdpa"], (NO_COMPILER, ""))
     assert used == ("auto", "sdpa", [NO_COMPILER.replace("use auto", "using auto")])
+
+
+def test_a_base_in_another_folder_is_to_be_written_into_the_run_file(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "run")
+    file = folder / "run.yaml"
+    file.write_text(file.read_text().replace(str(TINY), "/cluster/tiny"))
+    engine: Any = SimpleNamespace(run_on_all=lambda work: work())
+    console: Any = None
+    problem = f"{file}: base.model: /cluster/tiny does not exist on this machine; write the path"
+    with pytest.raises(BadInput, match=problem):
+        open_inference_base(engine, open_run(folder), console)
+    file.write_text(file.read_text().replace("/cluster/tiny", str(TINY)))
+    open_run(folder).check_base()

@@ -188,12 +188,12 @@ def _supported(engine: Engine, config: RunConfig, console: Console) -> RunConfig
         return ""
 
     base, device = config.base, engine.device
-    found = (
+    own = (
         problem(lambda: resolve_matmul(base.matmul, base.quantization, device, 0)),
         problem(lambda: resolve_attention(config.engine.attention, device, packed=True)),
     )
     matmul, attention = (
-        next(filter(None, problems), "") for problems in zip(*engine.all_gather(found), strict=True)
+        next(filter(None, problems), "") for problems in zip(*engine.all_gather(own), strict=True)
     )
     for text in filter(None, (matmul, attention)):
         console.warn(f"{text.rpartition('; ')[0]}; using auto")

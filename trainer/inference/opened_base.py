@@ -90,6 +90,7 @@ def open_inference_base(
     run: SavedRun | None = None
     if isinstance(source, SavedRun):
         run, config = source, source.config
+        engine.run_on_all(run.check_base)
     else:
         config = settings_of(source)
     files = open_base_on_all(engine, config.base, console)

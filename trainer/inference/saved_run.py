@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import Prompt, RunConfig, Task, load_output
+from trainer.config import Prompt, RunConfig, Task, load_output, resolve_path
 from trainer.prompts.saved_prompts import WEIGHTS
 from trainer.runtime.errors import BadInput, did_you_mean
 from trainer.runtime.json_file import read_json_object
@@ -133,6 +133,15 @@ class SavedRun:
         if problems:
             raise BadInput(f"--prompt: {problem}" for problem in problems)
         return chosen
+
+    def check_base(self) -> None:
+        """Raise ``BadInput`` if the base is a path that does not exist on this machine."""
+        model = self.config.base.model
+        if model.startswith((".", "/", "~")) and not resolve_path(model).exists():
+            raise BadInput(
+                f"{self.folder / 'run.yaml'}: base.model: {model} does not exist on this machine; "
+                "write the path that the model has here into this file"
+            )
 
 
 def open_run(folder: str | Path) -> SavedRun:
