@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def tables(laboratory: Laboratory, design: Design, picture: str) -> str:
         comparisons += ["", "Only one seed was run; others can change these differences."]
     lines += ["", "## Wins, losses and ties", "", *comparisons, *bodies]
     lines += ["", "## Fewer and more training rows", "", *_curves(laboratory, design)]
+    lines += ["", "## Shorter and longer training", "", *_lengths(laboratory, design)]
     lines += ["", "## Cost", "", *_costs(laboratory, design)]
     lines += ["", "## How the base is stored", "", *_bases(laboratory, design)]
     lines += ["", "## What was run and what was not", "", *_coverage(laboratory, design)]
@@ -156,6 +158,33 @@ def _curves(laboratory: Laboratory, design: Design) -> Iterator[str]:
                 scores = ", ".join(f"{rows}: {100 * r.accuracy:.1f}%" for rows, r in done.items())
                 lines.append(f"- {task}, {arm}: {scores}")
     yield from lines or ["Not run yet."]
+
+
+def _lengths(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    """Trained arms with the same rows and another number of steps of the same size."""
+    cells = [Cell(**record["cell"]) for record in laboratory.cells]
+    steps = {c.steps for c in cells if c.tokens_per_step == design.tokens_per_step}
+    lines = []
+    for task in design.tasks:
+        by_steps = {
+            n: arm_results(laboratory, replace(design, steps=n), task, design.rows[0])
+            for n in sorted(steps)
+        }
+        for name in (*OURS, *PEERS):
+            done = {n: arms[name] for n, arms in by_steps.items() if name in arms}
+            if len(done) > 1:
+                lines += [
+                    f"| {task}, {name} | {n} | {100 * arm.accuracy:.1f}% | {arm.loss:.3f} | "
+                    f"{'default' if arm.rate is None else f'{arm.rate:g}'} | "
+                    f"{', '.join(map(str, arm.seeds))} |"
+                    for n, arm in done.items()
+                ]
+    if not lines:
+        yield "Not run yet."
+        return
+    yield "| task, arm | steps | accuracy | loss | learning rate | seeds |"
+    yield "|---" * 6 + "|"
+    yield from lines
 
 
 def _costs(laboratory: Laboratory, design: Design) -> Iterator[str]:
