@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,7 @@ class FakeLaboratory:
 
     def __init__(self, results: dict[Cell, dict[str, Any]]) -> None:
         self._results = results
+        self.cells = [{"cell": asdict(cell)} for cell in results]
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         return self._results.get(cell)
@@ -152,6 +153,7 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
         replace(ours_cell, seed=1): trained(*[0] * 11, *[1] * 9),
         lora: trained(*[1] * 20, loss=0.1),
     }
+    results[replace(ours_cell, steps=80)] = trained(*[1] * 15, *[0] * 5, loss=0.25)
     results[ours_cell]["baselines"] = {
         "hand_written-1": {"accuracy": 0.2, "loss": 5.0, "correct": [1] * 4 + [0] * 16}
     }
@@ -168,6 +170,8 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
     assert f"| condition, {HAND_WRITTEN} |  |  | 32, 128 |" in text
     assert f"| condition | {HAND_WRITTEN} | int8 | 20.0% | 5.000 |  |" in text
     assert f"| condition | {HAND_WRITTEN} | 16 bits | 25.0% | 4.000 | -5.0," in text
+    assert f"| condition, {OURS} | {DESIGN.steps} | 42.5% |" in text
+    assert f"| condition, {OURS} | 80 | 75.0% | 0.250 | default | 0 |" in text
     tables.plot(laboratory, DESIGN, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     scores = tables.documents(laboratory, DESIGN, [])["scores"]
