@@ -173,7 +173,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axis, (name, case) in zip(axes[0], cases.items(), strict=True):
         arms = list(case["arms"])
         speeds = [case["arms"][arm]["tokens_per_second"] for arm in arms]
-        colours = ["#1f77b4" if arm == "ours" else "#b0b0b0" for arm in arms]
+        colours = ["#1f77b4" if arm.startswith("ours") else "#b0b0b0" for arm in arms]
         axis.barh(range(len(arms)), speeds, color=colours)
         for i, arm in enumerate(arms):
             every = case["arms"][arm]["every_turn"]
