@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llama import LLAMA_110M, make_base
-from benchmarks.peers.arms import COUNTED, EPOCH, WARM_UP, Case
+from benchmarks.peers.arms import AS_PEERS, COUNTED, EPOCH, WARM_UP, Case
 from benchmarks.peers.report import summary, table, write
 from benchmarks.peers.turns import Conductor
 
@@ -55,7 +55,7 @@ def cases(base: str, timed: int) -> dict[str, tuple[Case, tuple[str, ...]]]:
         "one process, 20 virtual tokens": (replace(usual, ranks=1), ONE_PROCESS),
         "rows of equal length": (
             replace(usual, equal=True),
-            (GAIN_LEAST[0], "ours, the peers' micro-batches", *GAIN_LEAST[1:]),
+            (GAIN_LEAST[0], AS_PEERS, *GAIN_LEAST[1:]),
         ),
         "one row per packed batch": (single, GAIN_LEAST),
     }

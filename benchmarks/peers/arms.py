@@ -327,10 +327,12 @@ def _zero3_policy() -> dict[str, Any]:
     }
 
 
+#: The arm of this trainer whose micro-batches have as many rows as the peers'.
+AS_PEERS = "ours, the peers' micro-batches"
 GROUPED = {"sampling": "group_by_length"}
 ARMS: dict[str, Callable[..., list[float]]] = {
     "ours": ours,
-    "ours, the peers' micro-batches": lambda *a: ours(*a, as_peers=True),
+    AS_PEERS: lambda *a: ours(*a, as_peers=True),
     "ours, exact": lambda *a: ours(*a, matmul="dequantize"),
     "ours, fp32": lambda *a: ours(*a, quantization="none"),
     "PEFT + Trainer": trainer_peer,

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.figures import machine
-from benchmarks.peers.arms import EPOCH
+from benchmarks.peers.arms import AS_PEERS, EPOCH
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: Targets: case -> figure -> value. For speeds it is a minimum, else a maximum.
@@ -65,7 +65,7 @@ def figures(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
         "flops": ours["flops_per_token"] / best(grouped, "flops_per_token", min),
         "saved": ours["saved_bytes"] / best(grouped, "saved_bytes", min),
     }
-    if (equal := arms.get("ours, the peers' micro-batches")) is not None:
+    if (equal := arms.get(AS_PEERS)) is not None:
         ratios["saved, equal"] = equal["saved_bytes"] / best(grouped, "saved_bytes", min)
     if random:
         speed = best(random, "tokens_per_second", max)

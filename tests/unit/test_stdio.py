@@ -69,14 +69,19 @@ def test_a_resumed_run_appends_to_its_log(tmp_path):
     assert log.read_text().count("output of Python") == 2
 
 
+def unwritable(where: str) -> int:
+    """Open a pipe whose reader has exited, or a device that is full."""
+    if where != "pipe":
+        return os.open(where, os.O_WRONLY)
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
 @pytest.mark.parametrize("where", ["pipe", "/dev/full"])
 def test_a_closed_reader_or_a_full_disk_stops_nothing(tmp_path, where):
     """Ctrl-C also ends a ``tee`` that reads the output, while the run still has to be saved."""
-    if where == "pipe":
-        reading, out = os.pipe()
-        os.close(reading)
-    else:
-        out = os.open(where, os.O_WRONLY)
+    out = unwritable(where)
     program = (
         "import sys; from pathlib import Path; from trainer.runtime.console import Console\n"
         "from trainer.runtime.stdio import claim\n"
@@ -95,11 +100,7 @@ def test_a_closed_reader_or_a_full_disk_stops_nothing(tmp_path, where):
 
 @pytest.mark.parametrize(("where", "code"), [("pipe", 0), ("/dev/full", 1)])
 def test_an_answer_that_is_lost_on_a_full_disk_is_an_error(tmp_path, where, code):
-    if where == "pipe":  # its reader has read enough
-        reading, out = os.pipe()
-        os.close(reading)
-    else:
-        out = os.open(where, os.O_WRONLY)
+    out = unwritable(where)
     program = (
         "import sys; from pathlib import Path\n"
         "from trainer.runtime.rank_program import run_guarded\n"

@@ -209,7 +209,6 @@ def _choose_matmul(
     engine: Engine, settings: Base, model: PreTrainedModel, dtype: torch.dtype, console: Console
 ) -> str:
     """Set the product of int8 layers: ``base.matmul``, or the fastest as measured on rank 0."""
-    unsupported = unsupported_device(engine.device)
     resolved = engine.run_on_all(
         lambda: resolve_matmul(
             settings.matmul, settings.quantization, engine.device, model.config.hidden_size
@@ -228,7 +227,11 @@ def _choose_matmul(
         matmul = measured.kind
         untimed = "" if "bitsandbytes" in shared else "; bitsandbytes cannot be imported"
         console.detail(f"base.matmul: auto is {matmul} here ({measured.reason}{untimed})")
-    elif settings.matmul == "auto" and settings.quantization == "int8" and unsupported:
+    elif (
+        settings.matmul == "auto"
+        and settings.quantization == "int8"
+        and (unsupported := unsupported_device(engine.device))
+    ):
         console.detail(f"base.matmul: auto is {matmul} on {unsupported}")
     exact = use_matmul(model, matmul, settings.outlier_threshold)
     if matmul != "dequantize":  # all others have required a compiler already
