@@ -14,7 +14,7 @@ from benchmarks.learning import ours, peers, tiny_base
 from benchmarks.learning.real import command, own_runs, tables
 from benchmarks.learning.real.cells import Cell, Cells
 from benchmarks.learning.real.packed_peft import PEERS, PackedModel, common_tokens, pack, score
-from benchmarks.learning.real.plan import HAND_WRITTEN, MAJORITY, Design, Job, jobs
+from benchmarks.learning.real.plan import HAND_WRITTEN, MAJORITY, Design, Job, Reviews, jobs
 from trainer.config import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +26,7 @@ DESIGN = Design(
     rows=(128, 32),
     steps=4,
     tokens_per_step=64,
-    validation_rows=4,
-    words=0,
+    reviews={"condition": Reviews(words=0, validation_rows=4)},
 )
 
 
@@ -137,6 +136,10 @@ class FakeLaboratory:
     def __init__(self, results: dict[Cell, dict[str, Any]]) -> None:
         self._results = results
         self.cells = [{"cell": asdict(cell)} for cell in results]
+        self.files = self
+
+    def num_train(self, task: str) -> int:
+        return 100
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         return self._results.get(cell)
@@ -153,7 +156,9 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
         replace(ours_cell, seed=1): trained(*[0] * 11, *[1] * 9),
         lora: trained(*[1] * 20, loss=0.1),
     }
-    results[replace(ours_cell, steps=80)] = trained(*[1] * 15, *[0] * 5, loss=0.25)
+    results[replace(ours_cell, steps=80)] = trained(*[1] * 15, *[0] * 5, loss=0.25) | {"step": 50}
+    answer = replace(DESIGN.cell(MAJORITY, "condition", 128, 0), steps=0, tokens_per_step=0)
+    results[answer] = trained(*[1] * 5, *[0] * 15) | {"answer": "asthma"}
     results[ours_cell]["baselines"] = {
         "hand_written-1": {"accuracy": 0.2, "loss": 5.0, "correct": [1] * 4 + [0] * 16}
     }
@@ -170,8 +175,9 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
     assert f"| condition, {HAND_WRITTEN} |  |  | 32, 128 |" in text
     assert f"| condition | {HAND_WRITTEN} | int8 | 20.0% | 5.000 |  |" in text
     assert f"| condition | {HAND_WRITTEN} | 16 bits | 25.0% | 4.000 | -5.0," in text
-    assert f"| condition, {OURS} | {DESIGN.steps} | 42.5% |" in text
-    assert f"| condition, {OURS} | 80 | 75.0% | 0.250 | default | 0 |" in text
+    assert "- **condition**: 100 training rows, 4 validation rows, whole reviews." in text
+    assert f"| condition, {OURS} | {DESIGN.steps} | 4, 4 | 42.5% |" in text
+    assert f"| condition, {OURS} | 80 | 50 | 75.0% | +50.0, " in text
     tables.plot(laboratory, DESIGN, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     scores = tables.documents(laboratory, DESIGN, [])["scores"]

