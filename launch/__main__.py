@@ -38,13 +38,13 @@ def _run() -> None:
     if problem := bootstrap.foreign_package():
         sys.exit(bootstrap.refuse(problem))
 
-    from trainer.runtime.stdio import keep_streams
+    from trainer.runtime.stdio import keep_streams, lost_output
 
     keep_streams()
 
     from launch import messages
     from launch.commands import app
-    from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+    from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
 
     try:
         check_arguments(sys.argv)
@@ -52,7 +52,23 @@ def _run() -> None:
     except BadInput as error:
         messages.problems(error.problems)
         sys.exit(EXIT_BAD_INPUT)
+    except SystemExit as ended:
+        lost = lost_output()
+        if ended.code or not lost or has_other_result(sys.argv[1:]):
+            raise
+        messages.failure(lost)
+        sys.exit(EXIT_FAILURE)
     sys.exit(EXIT_DONE)
+
+
+def has_other_result(arguments: Sequence[str]) -> bool:
+    """Whether a command has done its work even if its output is lost.
+
+    If a caller repeated it because of an exit code, there would be a second run or job.
+    """
+    return arguments[:1] == ["train"] or (
+        arguments[:1] == ["submit"] and "--dry-run" not in arguments
+    )
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

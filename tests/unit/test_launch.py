@@ -20,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch import arguments, exit_report, launcher_command, launcher_process, node, preflight, ssh
+from launch.__main__ import has_other_result
 from launch.launcher_command import Devices, Host, Place
 from tests.command_line import promptshard
 from trainer.runtime import bootstrap
@@ -707,9 +708,9 @@ def test_validate_reports_what_only_the_tokenizer_shows(run_file):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("where", ["pipe", "/dev/full", "closed"])
-def test_closed_output_streams_fail_no_command(run_file, where):
-    """As with ``promptshard train ... 2>&1 | head -1``, or a log on a full disk."""
+@pytest.mark.parametrize(("where", "code"), [("pipe", 0), ("/dev/full", 1), ("closed", 0)])
+def test_only_a_full_disk_makes_lost_output_an_error(run_file, where, code):
+    """``promptshard ... 2>&1 | head -1`` is fine; a result that is missing in a file is not."""
     reading, writing = os.pipe()
     os.close(reading)
     full = os.open("/dev/full", os.O_WRONLY)
@@ -723,7 +724,15 @@ def test_closed_output_streams_fail_no_command(run_file, where):
     done = subprocess.run([*command, sweep], cwd=ROOT, timeout=200, **settings)
     os.close(writing)
     os.close(full)
-    assert done.returncode == 0
+    assert done.returncode == code
+
+
+def test_a_command_whose_work_is_done_does_not_fail_when_its_output_is_lost():
+    assert has_other_result(["train", "run.yaml"])
+    assert has_other_result(["submit", "run.yaml"]), "an error would invite a second job"
+    assert not has_other_result(["submit", "run.yaml", "--dry-run"])
+    assert not has_other_result(["schema"])
+    assert not has_other_result([])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

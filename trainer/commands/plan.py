@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from trainer.commands.check_rows import tokenize_rows, without_torch
 from trainer.config import RunConfig, load, parse_bytes, resolve_path
 from trainer.runtime import atomic_io
-from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
 from trainer.runtime.json_file import read_json_object
 from trainer.runtime.process import flush_and_exit
 from trainer.runtime.redact import printable, redact
+from trainer.runtime.stdio import lost_output
 
 if TYPE_CHECKING:
     from trainer.cost_model.hardware import Device
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str], *, hide_torch: bool = False) -> int:
         for problem in error.problems:
             print(f"error: {printable(redact(problem))}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    if lost := lost_output():
+        print(f"error: {lost}", file=sys.stderr)
+        return EXIT_FAILURE
     return EXIT_DONE
 
 

@@ -60,6 +60,13 @@ def keep_streams() -> None:
     sys.stdout, sys.stderr = DroppingStream(1, close=False), DroppingStream(2, close=False)
 
 
+def lost_output() -> str:
+    """Return an error if text for stdout is lost on a full disk, else an empty text."""
+    sys.stdout.flush()
+    lost = sys.stdout.lost if isinstance(sys.stdout, DroppingStream) else ""
+    return f"stdout: the result is not written: {lost}" if lost else ""
+
+
 def open_private(log: Path) -> int:
     """Open a log for appending; return the descriptor.
 
