@@ -257,6 +257,8 @@ def environment(
     result.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed requires it to equal LOCAL_RANK
     if devices.kind == "cuda":
         result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of list_gpus
+        # without it, ranks would run on the CPU if torch cannot use the GPUs
+        result.setdefault("DS_ACCELERATOR", "cuda")
     else:
         result = {"DS_ACCELERATOR": "cpu"} | WAITING_THREADS | result
     return result

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.distributed.deepspeed_engine import compute_dtype
+from trainer.distributed import deepspeed_engine
+from trainer.distributed.deepspeed_engine import Engine, compute_dtype
+
+
+@pytest.fixture(autouse=True)
+def accelerator_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not at the top: without the engine's precaution, DeepSpeed would import mlflow.
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    monkeypatch.setattr(deepspeed_engine, "get_accelerator", CUDA_Accelerator)
 
 
 def test_bf16_is_chosen_where_the_gpu_supports_it_natively(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +27,29 @@ def test_bf16_is_chosen_where_the_gpu_supports_it_natively(monkeypatch: pytest.M
         assert compute_dtype("auto", torch.device("cuda")) == expected
     assert compute_dtype("auto", torch.device("cpu")) == torch.float32
     assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason"), [("13.0", "it needs a driver for CUDA 13.0"), (None, "without CUDA")]
+)
+def test_ranks_do_not_run_on_the_cpu_where_torch_cannot_use_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, reason: str
+) -> None:
+    """As with a driver that is older than the build of torch: nvidia-smi lists the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(RuntimeError, match=f"cannot use the GPUs .*{reason}.*on the CPU"):
+        Engine(10)
+
+
+@pytest.mark.parametrize("visible", ["GPU-8f9e", "MIG-1", "0"])
+def test_free_memory_is_that_of_the_device_and_of_the_allocator_s_cache(
+    monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    known = {"mem_get_info": (70, 80), "memory_reserved": 5, "memory_allocated": 3}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    engine = Engine.__new__(Engine)  # without connecting ranks
+    engine.device, engine.local_rank = torch.device("cuda", 0), 0
+    assert engine._free_memory() == 72

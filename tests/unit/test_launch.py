@@ -242,7 +242,8 @@ def test_environment_shares_the_cores_and_hides_nothing_else():
     assert active["OMP_WAIT_POLICY"] == "ACTIVE", "that of the user"
     in_mpi = {"CUDA_VISIBLE_DEVICES": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     gpu = environment(in_mpi, Devices("cuda", (1,)), 8)
-    assert gpu == {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert gpu == {"OMP_NUM_THREADS": "8", "DS_ACCELERATOR": "cuda", **order}
     assert environment({"OMP_NUM_THREADS": "3"}, two, 1)["OMP_NUM_THREADS"] == "3"
     assert environment({}, two, 1)["OMP_NUM_THREADS"] == "1"
 

@@ -68,6 +68,8 @@ class Engine(Ranks):
             os.environ.setdefault(name, default)
         accelerator = get_accelerator()
         on_cpu = accelerator.device_name() == "cpu"
+        if not on_cpu and not accelerator.is_available():
+            raise RuntimeError(_unusable_gpu())
         local_rank = int(os.environ["LOCAL_RANK"])
         device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
         if not on_cpu:  # before the first collective, which would use device 0 on all ranks
@@ -347,6 +349,12 @@ class Engine(Ranks):
         """Free bytes of this rank's device; on CPU, of the node."""
         if self.device.type == "cpu":
             return free_memory()
+        if self.device.type == "cuda":
+            # DeepSpeed (0.19.8) cannot read UUIDs in CUDA_VISIBLE_DEVICES, and without pynvml it
+            # counts as free what other processes and the CUDA context use.
+            cached = torch.cuda.memory_reserved(self.device)
+            cached -= torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + cached
         return int(get_accelerator().available_memory(self.local_rank))
 
     def _count_gathers(self) -> None:
@@ -398,6 +406,17 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     else:
         has_bf16 = device.type != "cpu" and get_accelerator().is_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _unusable_gpu() -> str:
+    """Why torch cannot use the GPU that the launcher has found, and what to do."""
+    cuda = torch.version.cuda
+    reason = f"it needs a driver for CUDA {cuda}" if cuda else "it is built without CUDA"
+    return (
+        f"torch {torch.__version__} cannot use the GPUs of {socket.gethostname()}: {reason} "
+        "(`nvidia-smi` shows what the driver supports); install a build of torch for this driver, "
+        "or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+    )
 
 
 def _disable_shared_memory_op() -> None:
