@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Mamba2ForCausalLM, PreTrainedModel
 
+from trainer.model.attention.indexing import take
 from trainer.model.attention.interface import make_layout, with_flex, with_past
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
@@ -172,8 +173,9 @@ class PromptedBase(nn.Module):
     def _padded(self, batch: PackedBatch, hidden_TH: Tensor, ids_T: Tensor) -> Tensor:
         """``_packed`` for families that do not support packed rows."""
         rows = pad_rows(batch.segments[batch.first_row :], hidden_TH.device)
+        (hidden_BLH,) = take(hidden_TH, [rows.token_BL])
         output: Any = self.model.base_model(
-            inputs_embeds=hidden_TH[rows.token_BL],
+            inputs_embeds=hidden_BLH,
             attention_mask=rows.mask_BL,
             position_ids=rows.position_BL,
             use_cache=False,

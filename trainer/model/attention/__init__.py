@@ -4,6 +4,7 @@
    ``packed_attention`` with transformers; ``family_overrides`` adapts the families that do not use
    transformers' attention interface.
 2. ``bucket_layout``: segments -> ``Buckets`` of similar length; ``bucketed`` attends within them.
+   ``indexing`` lays tokens out, also those of padded rows.
 3. ``spans``: segments -> ``Spans``, for kernel calls without padding instead of buckets, on a CPU.
    ``cpu_kernels``: the kernels, and what is saved for backward.
 4. ``flex``: segments -> ``FlexLayout``, for one FlexAttention kernel instead of buckets.

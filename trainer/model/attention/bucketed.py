@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.model.attention.bucket_layout import Bucket, Buckets, Scores
 from trainer.model.attention.cpu_kernels import attend_on_cpu, flash_backward, flash_forward
+from trainer.model.attention.indexing import take
 
 
 def attend_in_buckets(
@@ -106,31 +105,7 @@ def _at(x_TA: Tensor, index_Sn: Tensor) -> Tensor:
 
 def _gather(x_TAD: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:
     """Elements at the indices [S, n] of each bucket, [S, A, n, D]."""
-    gathered: Sequence[Tensor] = _Gather.apply(x_TAD, *indices)
-    return [x_SnAD.transpose(1, 2) for x_SnAD in gathered]
-
-
-class _Gather(torch.autograd.Function):
-    """Indexing for all buckets, with gradients accumulated in one tensor.
-
-    Plain indexing would allocate a zero gradient of the packed batch for each bucket and sum them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TAD: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
-        ctx.like, ctx.indices = (x_TAD.shape, x_TAD.dtype, x_TAD.device), indices
-        ctx.set_materialize_grads(False)
-        return tuple(x_TAD[index] for index in indices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        shape, dtype, device = ctx.like
-        grad_TAD = torch.zeros(shape, dtype=dtype, device=device)
-        for index, grad in zip(ctx.indices, grads, strict=True):
-            if grad is not None:
-                grad_TAD.index_put_((index,), grad, accumulate=True)
-        return grad_TAD, *(None for _ in ctx.indices)
+    return [x_SnAD.transpose(1, 2) for x_SnAD in take(x_TAD, indices)]
 
 
 def _bucket_attention(
