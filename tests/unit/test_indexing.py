@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trainer.model.attention import interface
 from trainer.model.attention.indexing import take
 
 
@@ -22,3 +23,8 @@ def test_gradients_in_double_precision() -> None:
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([[0, 0, 3], [1, 0, 3]])
     assert torch.autograd.gradcheck(lambda x: take(x, [index]), (x,))
+
+
+def test_attention_is_not_built_for_each_shape() -> None:
+    assert interface.PACKED
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -152,3 +152,6 @@ def resolve_attention(setting: str, device: torch.device, packed: bool) -> bool:
 # transformers builds no mask for an attention without a registered mask function; the layout
 # replaces the mask.
 AttentionInterface.register(PACKED, packed_attention)
+# torch 2.13 prefers cuDNN's attention on H100 and B200. It builds a plan for each shape, for 20 ms
+# or more, and keeps it; few packed batches, and no two decode steps, have the same shapes.
+torch.backends.cuda.enable_cudnn_sdp(False)
