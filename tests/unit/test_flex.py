@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from benchmarks.unsharded_base import load_unsharded
@@ -81,6 +82,24 @@ def test_a_diverged_prompt_does_not_change_the_others(lost: int) -> None:
     for gradient, expected in zip(gradients[:3], wanted_gradients[:3], strict=True):
         torch.testing.assert_close(gradient[:, :, ~is_lost], expected[:, :, ~is_lost])
     torch.testing.assert_close(gradients[3], wanted_gradients[3])
+
+
+def test_many_compiled_forms() -> None:
+    """More than the 8 after which torch runs a function uncompiled."""
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def function(x: Tensor, form: str) -> Tensor:
+        return x + len(form)
+
+    call = flex.compile_forms(function, backend=backend)
+    forms = ["-" * i for i in range(12)]
+    for _ in range(2):
+        assert [int(call(torch.zeros(1), form)) for form in forms] == list(range(12))
+    assert len(graphs) == len(forms)
 
 
 def compiled(function: Callable[..., Any], _: str) -> Callable[..., Any]:

@@ -24,6 +24,10 @@ from trainer.packing.packed_batch import Segment, map_tensors
 
 #: In ``prefixes``: no prefix.
 NONE = -1
+#: Compiled forms of one function. torch's own limit of 8 is too low: layers with and without a
+#: window, training and validation, rows and their candidates, and batches of one block each have
+#: their own. Beyond the limit, torch keeps the scores of all pairs of tokens in memory.
+MAX_FORMS = 64
 
 
 @dataclass(frozen=True)
@@ -153,4 +157,16 @@ def make_flex_layout(segments: Sequence[Segment], device: torch.device) -> FlexL
 @functools.cache
 def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     """The function, compiled to a kernel on CUDA; uncompiled elsewhere, for tests."""
-    return torch.compile(function) if device_type == "cuda" else function
+    return compile_forms(function) if device_type == "cuda" else function
+
+
+def compile_forms(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` with up to ``MAX_FORMS`` forms of the function."""
+    compiled = torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MAX_FORMS):
+            return compiled(*args, **kwargs)
+
+    return call
