@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -347,6 +348,17 @@ class TestMeasure:
         monkeypatch.setattr(torch, "_int_mm", missing)
         choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
         assert choice == Measured("dequantize", "int8 cannot run: CUBLAS_STATUS_NOT_SUPPORTED")
+
+    def test_a_machine_on_which_triton_cannot_build(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without the headers of Python, it raises an error that is not a RuntimeError."""
+
+        def build(*_: Any) -> Tensor:
+            raise subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"])
+
+        monkeypatch.setattr(torch, "_int_mm", build)
+        choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
+        assert choice.kind == "dequantize"
+        assert "int8 cannot run: Command '['gcc', 'cuda_utils.c']'" in choice.reason
 
     @needs_library
     def test_bitsandbytes_is_a_candidate(self, monkeypatch: pytest.MonkeyPatch) -> None:
