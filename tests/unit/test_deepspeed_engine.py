@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from tests.distributed.sharded_base import run_config
 from trainer.distributed import deepspeed_engine
+from trainer.distributed.collectives import Ranks
 from trainer.distributed.deepspeed_engine import Engine, compute_dtype
+from trainer.distributed.placement import BaseSize
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +59,27 @@ def test_free_memory_is_that_of_the_device_and_of_the_allocator_s_cache(
     engine = Engine.__new__(Engine)  # without connecting ranks
     engine.device, engine.local_rank = torch.device("cuda", 0), 0
     assert engine._free_memory() == 72
+
+
+def test_gathered_layers_are_not_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is reserved beside that of activations, and does not grow with tokens."""
+    config = run_config("base", "int8")
+    sizes = BaseSize(total_bytes=700, layer_bytes=100, layer_elements=70)
+    monkeypatch.setattr(deepspeed_engine, "base_size", lambda model, dtype: sizes)
+    accelerator: Any = SimpleNamespace(
+        memory_allocated=lambda device: 350,
+        max_memory_allocated=lambda device: 1500,
+        reset_peak_memory_stats=lambda device: None,
+    )
+    monkeypatch.setattr(deepspeed_engine, "get_accelerator", lambda: accelerator)
+    engine = Engine.__new__(Engine)
+    Ranks.__init__(engine, 0, 2, 0, torch.device("cuda", 0), 60)
+    monkeypatch.setattr(engine, "_free_memory", lambda: 3000)
+    monkeypatch.setattr(engine, "all_gather", lambda value: [value, value])
+    engine.kept_bytes = engine._peak = engine._resident = engine._live_bytes = 0
+    for group_size, gathered in ((2, 2 * 70), (1, 0)):
+        setting = config.engine.model_copy(update={"shard_group": group_size})
+        placed = config.model_copy(update={"engine": setting})
+        engine.place(torch.nn.Module(), placed, torch.bfloat16)
+        engine.reset_peak_memory()
+        assert engine.peak_activation_bytes() == 1500 - 350 - gathered

@@ -84,6 +84,18 @@ def test_limits_are_two_layers_beside_what_is_kept() -> None:
     assert policy["stage3_max_live_parameters"] == 2 * GB
 
 
+def test_a_base_larger_than_the_memory_of_all_gpus_is_refused() -> None:
+    """On a CPU, memory that is missing may be swapped."""
+    nodes, few, enough = [2], 35 * GB, 36 * GB  # the shard takes 35 GB, a layer 1 GB
+    assert place(SIZE, "auto", few // 2, nodes, free=few).group_size == 2
+    with pytest.raises(BadInput, match=r"does not fit into 35.00 GB.*2 of 2 .*at least 36.00 GB"):
+        place(SIZE, "auto", few // 2, nodes, free=few, hard_limit=True)
+    with pytest.raises(BadInput, match="does not fit into"):  # whatever engine.base_memory promises
+        place(SIZE, "auto", 80 * GB, nodes, free=few, hard_limit=True)
+    assert place(SIZE, "auto", few, nodes, free=enough, hard_limit=True).group_size == 2
+    assert place(SIZE, 1, few, nodes, free=3 * GB, offload=True, hard_limit=True).group_size == 1
+
+
 def test_a_budget_that_is_too_small_is_refused() -> None:
     with pytest.raises(BadInput, match=r"base_memory: 6.00 GB is too little: with 16 of 16 ranks"):
         group("world", 6, TWO_NODES, exact=True)

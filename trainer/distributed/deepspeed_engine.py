@@ -98,7 +98,7 @@ class Engine(Ranks):
         #: Whether DeepSpeed has recorded the parameters' order in a training forward and backward.
         self._traced = False
         self._group_size = self.world_size
-        self._resident, self._peak = 0, 0
+        self._resident, self._peak, self._live_bytes = 0, 0, 0
         self._count_gathers()
 
     def place(
@@ -124,7 +124,7 @@ class Engine(Ranks):
         free = min(free // (names.count(name) if shared else 1) for name, free in nodes)
         memory = int(AUTO_SHARE * free) if setting == "auto" else parse_bytes(setting)
         node_sizes = [len(list(ranks)) for _, ranks in itertools.groupby(names)]
-        return place(
+        placement = place(
             base_size(model, dtype),
             config.engine.shard_group,
             memory,
@@ -133,7 +133,11 @@ class Engine(Ranks):
             offload=offload,
             exact=must_fit or setting != "auto",
             flexible=setting == "auto" and not offload,
+            hard_limit=self.device.type != "cpu",
         )
+        gathers = placement.group_size > 1 or offload
+        self._live_bytes = placement.policy["stage3_max_live_parameters"] if gathers else 0
+        return placement
 
     def sharder(
         self,
@@ -331,12 +335,13 @@ class Engine(Ranks):
     def peak_activation_bytes(self) -> int:
         """Peak GPU memory since ``reset_peak_memory``; 0 on CPU.
 
-        Excludes memory that was allocated at that call, and parameters that stay gathered.
+        Excludes memory that was allocated at that call, and gathered parameters: those that stay,
+        and the layers that are gathered at a time, at least one byte per element.
         """
         if self.device.type == "cpu":
             return 0
         peak = int(get_accelerator().max_memory_allocated(self.local_rank))
-        return max(0, peak - self._resident - self.kept_bytes)
+        return max(0, peak - self._resident - self.kept_bytes - self._live_bytes)
 
     @property
     def peak_gpu_bytes(self) -> int:

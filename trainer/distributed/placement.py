@@ -80,6 +80,7 @@ def place(
     offload: bool = False,
     exact: bool = False,
     flexible: bool = False,
+    hard_limit: bool = False,
 ) -> Placement:
     """Choose the shard group and the bytes that stay gathered.
 
@@ -92,6 +93,8 @@ def place(
         flexible: ``engine.base_memory`` is auto. Then group size auto may exceed ``memory``, up to
             ``NODE_SHARE`` of ``free``, where a larger group would consist of several nodes: fabrics
             inside a node are several times faster than networks.
+        hard_limit: nothing beyond ``free`` can be allocated, as on a GPU: refuse a base whose shard
+            and largest layer take more.
 
     Raises:
         BadInput: if the group does not divide the ranks, or the base does not fit.
@@ -109,6 +112,15 @@ def place(
             f"engine.base_memory: {memory / 1e9:.2f} GB is too little: with {group_size} of "
             f"{world} ranks per copy, the shard and {LIVE_LAYERS} layers need "
             f"{needed / 1e9:.2f} GB; raise it, use more ranks or ds_configs/zero3_offload_cpu.json"
+        )
+    least = 0 if offload else -(-size.total_bytes // group_size)
+    least += 0 if group_size == 1 and not offload else size.layer_elements  # a byte each, or more
+    if hard_limit and free is not None and least > free:
+        raise BadInput(
+            f"base.model: does not fit into {free / 1e9:.2f} GB of free GPU memory: with "
+            f"{group_size} of {world} ranks per copy, the shard and one layer need at least "
+            f"{least / 1e9:.2f} GB; use more GPUs or "
+            "engine.deepspeed=ds_configs/zero3_offload_cpu.json"
         )
     kept = 0 if group_size == 1 and not offload else max(0, memory - needed)
     kept = min(kept, size.total_bytes - size.looked_up_bytes)
