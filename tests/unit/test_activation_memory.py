@@ -97,6 +97,20 @@ def test_the_first_steps_confirm_the_estimate() -> None:
     assert not budget.confirm(900 * GB, 5000)  # the ramp is over
 
 
+def test_generation_is_limited_by_keys_and_values() -> None:
+    """Recomputed layers save less per token than the keys and values of many heads take."""
+    assert choose_budget(MEMORY, 200 * GB, 10_000).generation_tokens() == 40_000
+    assert TokenBudget(1000).generation_tokens() == 4000
+    as_many_heads = replace(MEMORY, sizes=replace(SIZES, key_width=4096))
+    budget = choose_budget(as_many_heads, 8 * GB, 10_000)
+    assert budget.checkpointing
+    tokens = budget.generation_tokens()
+    assert tokens < 4 * budget.tokens
+    keys_and_values = 2 * 32 * 4096 * 2
+    assert tokens * keys_and_values < 8 * GB
+    assert budget.generation_tokens(spare=3.0) * 3 * keys_and_values < 8 * GB
+
+
 def test_halving() -> None:
     budget = TokenBudget(1000, ramp=[0.5])
     budget.halve()

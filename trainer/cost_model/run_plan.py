@@ -14,7 +14,7 @@ from typing import Any
 from trainer.config import Prompt, RunConfig, parse_bytes
 from trainer.cost_model.hardware import STORAGE_RATE, Device
 from trainer.cost_model.run_needs import RunNeeds
-from trainer.cost_model.run_time import BATCH_SECONDS, GENERATION_BATCHES, phase_seconds
+from trainer.cost_model.run_time import BATCH_SECONDS, phase_seconds
 from trainer.cost_model.step_cost import StepCost, live_bytes, step_cost
 from trainer.cost_model.step_work import step_work
 from trainer.distributed.placement import (
@@ -261,7 +261,7 @@ def placed_option(
     elif gather > compute:
         limited = "inter-node fabric" if inter > intra else "intra-node fabric"
     load = needs.stored_bytes * min(1.0, node_sizes[0] / group) / STORAGE_RATE
-    generated = world * GENERATION_BATCHES * budget.tokens
+    generated = world * max(1, budget.generation_tokens())
     # Scoring has no backward; its int8 products may have more terms than those of a step.
     product = int8_product_seconds(needs, device, cost)
     training, scoring = _int8_terms(needs.config.base.matmul)

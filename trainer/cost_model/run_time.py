@@ -13,8 +13,6 @@ from trainer.training.halving import rungs
 START_SECONDS = 60
 #: Seconds of a collective or of a packed batch that do not depend on sizes.
 BATCH_SECONDS = 0.005
-#: Packed batches' tokens that a batch of generation has (``evaluation.evaluator``).
-GENERATION_BATCHES = 4
 #: Most and fewest candidates of a search for an initial prompt.
 CANDIDATES, FEWEST_CANDIDATES = 64, 8
 

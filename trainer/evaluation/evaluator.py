@@ -38,9 +38,6 @@ from trainer.runtime.stop_signals import Stopped
 
 #: Packed batches of each rank that are planned together.
 WINDOW_BATCHES = 64
-#: Token limit of a generation batch in multiples of a packed batch's, because generation keeps no
-#: activations, only keys and values.
-GENERATION_BATCHES = 4
 
 
 @dataclass
@@ -322,7 +319,7 @@ class Evaluator:
             prompt,
             rows.task.max_new_tokens,
             between_batches=self._between_batches,
-            max_tokens=GENERATION_BATCHES * self.budget.tokens,
+            max_tokens=self.budget.generation_tokens(),
             prompt_at=[example.prompt_at for example in examples],
             samplings=samplings,
         )

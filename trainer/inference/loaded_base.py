@@ -17,7 +17,7 @@ from trainer.config import RunConfig, Task
 from trainer.data.tokenization.chat_template import Messages
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import LoadedBase
-from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
+from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.generation import generate
 from trainer.evaluation.scoring import Request
 from trainer.inference.engine import close_engine
@@ -69,11 +69,6 @@ class InferenceBase:
     @cached_property
     def evaluator(self) -> Evaluator:
         return Evaluator(self.engine, self.loaded.model, self.tokenizer, self.loaded.budget)
-
-    @property
-    def max_batch_tokens(self) -> int:
-        """Maximum tokens of a batch of generation: prompt, input and answer of all its rows."""
-        return GENERATION_BATCHES * self.loaded.budget.tokens
 
     def _check_open(self) -> None:
         if not self._close.alive:
@@ -256,7 +251,7 @@ class InferenceBase:
             [request.input_ids for request in requests],
             first.prompt,
             first.max_new_tokens,
-            max_tokens=self.max_batch_tokens,
+            max_tokens=self.loaded.budget.generation_tokens(),
             prompt_at=[request.prompt_at for request in requests],
         )
         return [first.stop.text(text.ids, skip_special_tokens=True).strip() for text in generated]

@@ -30,6 +30,9 @@ LOGITS_BYTES = 64 << 20
 MIN_COLUMNS = 1024
 #: Number of slices of logits that exist at a time: products, fp32 copies, probabilities.
 LOGITS_COPIES = 4
+#: Token limit of a generation batch in multiples of a packed batch's, because generation keeps no
+#: activations, only keys and values.
+GENERATION_BATCHES = 4
 #: Factor for small tensors of some families, such as clipped queries.
 MARGIN = 1.05
 #: Shares of the budget that the first steps use on a GPU, while its peak is measured.
@@ -161,16 +164,24 @@ class BatchMemory:
     def peak(self, checkpointing: bool) -> float:
         """Return the peak: all saved bytes, and the buffers of one layer."""
         s = self.sizes
+        losses = 12 * s.hidden
+        again = self.layer() if checkpointing else 0
+        at_work = max(self.at_work(), losses)
+        return self.saved(checkpointing) + self.rows.padding * (again + at_work)
+
+    def at_work(self) -> float:
+        """Return the bytes of the buffers of one layer."""
+        s = self.sizes
         # Of experts: inputs and outputs, sorted by expert and in the order of tokens.
         routed = 4 * self.itemsize * s.hidden * s.experts_per_token
         # Attention and MLP: queries, keys and values with gradients; at most three of MLP width.
         attention = 2 * (s.query_width + 2 * s.key_width)
         inner = max(attention, min(3, 1 + s.mlp_tensors) * s.mlp)
-        at_work = 4 * (3 * s.hidden + inner) + routed
-        at_work = max(at_work, 4 * s.recurrent_work)
-        losses = 12 * s.hidden
-        again = self.layer() if checkpointing else 0
-        return self.saved(checkpointing) + self.rows.padding * (again + max(at_work, losses))
+        return max(4 * (3 * s.hidden + inner) + routed, 4 * s.recurrent_work)
+
+    def cached(self) -> int:
+        """Return the bytes of keys and values in a cache."""
+        return 2 * self.sizes.layers * self.sizes.key_width * self.itemsize
 
     def batch_bytes(self, tokens: int, checkpointing: bool) -> int:
         """Return the peak bytes of a packed batch of ``tokens`` tokens."""
@@ -191,6 +202,8 @@ class TokenBudget:
         expected_bytes: activations of a packed batch of ``tokens`` tokens.
         room: bytes available for activations.
         ramp: shares of ``tokens`` that the next steps use.
+        cached_bytes, read_bytes: of a token in a batch of generation: its keys and values, and the
+            buffers of one layer that reads it.
     """
 
     tokens: int
@@ -198,6 +211,17 @@ class TokenBudget:
     expected_bytes: int = 0
     room: int = 0
     ramp: list[float] = field(default_factory=list)
+    cached_bytes: float = 0.0
+    read_bytes: float = 0.0
+
+    def generation_tokens(self, spare: float = 1.0) -> int:
+        """Return the maximum tokens of a batch of generation: prompt, input and answer of all rows.
+
+        Args:
+            spare: size of the cache's buffers in multiples of the tokens in it.
+        """
+        most, each = GENERATION_BATCHES * self.tokens, spare * self.cached_bytes + self.read_bytes
+        return min(most, int(self.room / each)) if each else most
 
     @property
     def now(self) -> int:
@@ -273,4 +297,6 @@ def choose_budget(
         memory.batch_bytes(chosen, checkpointing),
         room,
         [] if tokens else list(ramp),
+        memory.cached(),
+        memory.at_work(),
     )

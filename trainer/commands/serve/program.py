@@ -19,6 +19,7 @@ from trainer.inference.loaded_base import InferenceBase
 from trainer.inference.opened_base import open_inference_base, settings_of
 from trainer.inference.saved_run import SavedRun, TrainedPrompt
 from trainer.inference.stream import Limits, StreamingDecoder
+from trainer.model.attention.batch_cache import SPARE
 from trainer.prompts.saved_prompts import WEIGHTS
 from trainer.runtime import stop_signals
 from trainer.runtime.console import Console
@@ -48,7 +49,8 @@ def serve(
     base = opened.load(console)
     models = served_models(base, chosen)
     prompts = [model.prompt for model in models.values() if model.prompt is not None]
-    limits = Limits(options.concurrent, base.max_batch_tokens * engine.world_size, options.waiting)
+    most_tokens = base.loaded.budget.generation_tokens(SPARE) * engine.world_size
+    limits = Limits(options.concurrent, most_tokens, options.waiting)
     stop_signals.defer()
     server: HttpServer | None = None
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trainer.data.token_table import Example
 from trainer.distributed.prefetch import prepare_batch
-from trainer.evaluation.evaluator import GENERATION_BATCHES, Evaluator
+from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.generation import generate
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.attention.padded import pad_rows
@@ -140,7 +140,7 @@ def elicit(
         None,
         MAX_NEW_TOKENS,
         between_batches=between_batches,
-        max_tokens=GENERATION_BATCHES * evaluator.budget.tokens,
+        max_tokens=evaluator.budget.generation_tokens(),
         around=lambda rows: _patched(layers, [patches[i] for i in rows]),
     )
     advance(len(patches) - done)

@@ -21,6 +21,9 @@ from transformers.cache_utils import DynamicLayer
 
 #: Spare columns of a new buffer, besides half of its columns.
 SPARE_COLUMNS = 32
+#: Size of the buffers in multiples of rows times columns: up to twice the rows, and spare columns
+#: before and after.
+SPARE = 3.5
 
 
 class BatchCache(Cache):
