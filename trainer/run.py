@@ -35,7 +35,7 @@ from trainer.config import RunConfig
 from trainer.data.prompt_positions import texts_before, with_positions
 from trainer.data.task_data import TaskData
 from trainer.data.tokenization.chat_template import keep_chat_date, read_chat_date, reads_date
-from trainer.distributed.deepspeed_engine import Engine, compute_dtype
+from trainer.distributed.deepspeed_engine import Engine, compute_dtype, device_name
 from trainer.distributed.model_loading import (
     LoadedBase,
     fingerprint_base_on_all,
@@ -54,7 +54,7 @@ from trainer.prompts.saved_prompts import check_sources, without_sources
 from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.reporting.html import write_missing_report
 from trainer.reporting.planned import PlanComparison, as_summary, node_sizes, plan_of_run
-from trainer.reporting.run_description import describe_run, device_name, measure
+from trainer.reporting.run_description import describe_run, measure
 from trainer.reporting.run_end import finish_sending, tracked_run
 from trainer.reporting.run_results import write_results
 from trainer.reporting.summary import RunSummary, finished_summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from tests.unit.saved_run import TINY, save_run
 from trainer.config import load
 from trainer.distributed.model_loading import _supported
-from trainer.inference.opened_base import open_inference_base
+from trainer.inference.opened_base import as_trained, open_inference_base
 from trainer.inference.saved_run import open_run
 from trainer.model.layers import matmul_selection
 from trainer.runtime.errors import BadInput
@@ -59,6 +60,38 @@ def test_auto_replaces_what_is_not_supported(monkeypatch: pytest.MonkeyPatch) ->
 def test_all_ranks_use_the_same() -> None:
     used = supported(["base.matmul=int8", "engine.attention=sdpa"], (NO_COMPILER, ""))
     assert used == ("auto", "sdpa", [NO_COMPILER.replace("use auto", "using auto")])
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "setting", "used"),
+    [
+        ("cuda", {"device": "NVIDIA L4", "matmul": "dequantize"}, "auto", "dequantize"),
+        ("cuda", {"device": "NVIDIA L4", "matmul": "dequantize"}, "int8", "int8"),
+        ("cuda", {"device": "NVIDIA L4", "matmul": "bitsandbytes"}, "auto", "auto"),
+        ("cuda", {"device": "NVIDIA L4", "matmul": "int4"}, "auto", "auto"),
+        ("cuda", {"device": "NVIDIA T4", "matmul": "dequantize"}, "auto", "auto"),
+        ("cuda", None, "auto", "auto"),
+        ("cpu", {"device": "cpu", "matmul": "int8"}, "auto", "auto"),
+    ],
+)
+def test_a_timed_product_stays_that_of_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    environment: dict[str, str] | None,
+    setting: str,
+    used: str,
+) -> None:
+    """Timing differs between starts: the scores of a prompt must not."""
+    if environment is not None:
+        (tmp_path / "environment.json").write_text(json.dumps(environment))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(matmul_selection, "missing_library", lambda: "no module")
+    config = load(ROOT / "examples/quickstart.yaml", [f"base.matmul={setting}"])
+    engine: Any = SimpleNamespace(device=torch.device(device), run_on_main=lambda work: work())
+    base = config.base.model_copy(update={"matmul": used})
+    assert as_trained(engine, config, tmp_path) == config.model_copy(update={"base": base})
 
 
 def test_a_base_in_another_folder_is_to_be_written_into_the_run_file(tmp_path: Path) -> None:

@@ -424,6 +424,11 @@ def _unusable_gpu() -> str:
     )
 
 
+def device_name(device: torch.device) -> str:
+    """Name of a GPU as its driver reports it; of other devices, the type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _disable_shared_memory_op() -> None:
     """Keep DeepSpeed (0.19.8) from compiling a C++ all-reduce for CPU and filling /dev/shm for it.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 import torch
 
 from trainer.config import Base, RunConfig
 from trainer.data.tokenization.chat_template import read_chat_date
-from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.deepspeed_engine import Engine, device_name
 from trainer.distributed.model_loading import (
     fingerprint_base_on_all,
     load_base,
@@ -21,8 +23,10 @@ from trainer.inference.requests import GenerationRequest, text_request
 from trainer.inference.saved_run import SavedRun, TrainedPrompt
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles
+from trainer.model.layers.matmul_selection import resolve_matmul
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json_object
 
 
 def settings_of(base: Base) -> RunConfig:
@@ -38,6 +42,36 @@ def settings_of(base: Base) -> RunConfig:
             "training": {"steps": 1},
         }
     )
+
+
+def as_trained(engine: Engine, config: RunConfig, folder: Path) -> RunConfig:
+    """Replace ``base.matmul: auto`` by what it was in a run on GPUs of this name; a collective.
+
+    Timing at load may select another product, with other scores, and takes seconds.
+
+    Args:
+        folder: output folder of the run.
+    """
+    if engine.device.type != "cuda" or config.base.matmul != "auto":
+        return config
+    device = device_name(engine.device)
+
+    def measured() -> str | None:
+        known = get_args(Base.model_fields["matmul"].annotation)
+        try:
+            environment = read_json_object(folder / "environment.json")
+            matmul = environment.get("matmul")
+            if environment.get("device") != device or matmul not in known:
+                return None
+            return resolve_matmul(matmul, config.base.quantization, engine.device, 0)
+        except BadInput:  # no such file, or a library is missing here
+            return None
+
+    matmul = engine.run_on_main(measured)
+    if matmul is None:
+        return config
+    base = config.base.model_copy(update={"matmul": matmul})
+    return config.model_copy(update={"base": base})
 
 
 @dataclass(frozen=True)
@@ -89,8 +123,8 @@ def open_inference_base(
     """
     run: SavedRun | None = None
     if isinstance(source, SavedRun):
-        run, config = source, source.config
-        engine.run_on_all(run.check_base)
+        engine.run_on_all(source.check_base)
+        run, config = source, as_trained(engine, source.config, source.folder)
     else:
         config = settings_of(source)
     files = open_base_on_all(engine, config.base, console)

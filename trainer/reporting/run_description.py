@@ -11,11 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainer.config import PROJECT_ROOT, RunConfig, dump
 from trainer.data.task_data import TaskData
-from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.deepspeed_engine import Engine, device_name
 from trainer.distributed.model_loading import LoadedBase
 from trainer.distributed.zero3_sharder import base_bytes
 from trainer.model.checkpoint_files import portable
@@ -132,7 +130,3 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             installed[package] = version(package)
     return installed
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -26,6 +26,7 @@ from trainer.distributed.deepspeed_engine import Engine, compute_dtype
 from trainer.distributed.model_loading import open_base_on_all
 from trainer.evaluation.metric_sums import scored_as
 from trainer.evaluation.metrics import check_sandbox
+from trainer.inference.opened_base import as_trained
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.fingerprint import digest_file
@@ -70,7 +71,8 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
         with console.phase("preparing prompts and examples"):
             arms = engine.run_on_all(lambda: _arms(builders))
         cost = engine.run_on_all(lambda: _base_cost(engine, files, run))
-        base = BaseOnDemand(engine, files, config, console)
+        used = as_trained(engine, config, options.run_dir)
+        base = BaseOnDemand(engine, files, used, console)
         if options.compares_states:
             # The arms above are checked already: with the rows that BM25 retrieves.
             for builder in builders.values():

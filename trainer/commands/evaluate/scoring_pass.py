@@ -14,7 +14,7 @@ from trainer.commands.evaluate.arm import Arm
 from trainer.commands.evaluate.scoring import ArmScorer
 from trainer.commands.evaluate.store import PredictionStore
 from trainer.config import RunConfig
-from trainer.distributed.deepspeed_engine import Engine
+from trainer.distributed.deepspeed_engine import Engine, device_name
 from trainer.distributed.model_loading import load_base
 from trainer.evaluation.baseline_cache import RULES
 from trainer.evaluation.evaluator import Evaluator
@@ -49,7 +49,7 @@ class BaseOnDemand:
         """Describes the base and how it computes."""
         versions = [version(name) for name in ("torch", "transformers")]
         settings = self.config.base.model_dump(mode="json")
-        device = self.engine.device.type
+        device = device_name(self.engine.device)
         return json.dumps([RULES, versions, device, self.files.fingerprint, settings])
 
     @cached_property

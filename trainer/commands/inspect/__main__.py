@@ -80,9 +80,9 @@ def _inspect_run(
     with phase, fast_imports():
         from trainer.commands.inspect.losses import all_arms, measure_losses, trained_prompts
         from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
-        from trainer.distributed.deepspeed_engine import Engine
+        from trainer.distributed.deepspeed_engine import Engine, device_name
         from trainer.distributed.model_loading import open_base_on_all
-        from trainer.reporting.run_description import device_name, versions
+        from trainer.reporting.run_description import versions
         from trainer.training.task_loading import load_tasks_per_node
 
     engine = Engine(config.engine.timeout_seconds)

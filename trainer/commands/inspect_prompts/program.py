@@ -24,6 +24,7 @@ from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import load_base, open_base_on_all
 from trainer.evaluation.evaluator import Evaluator
+from trainer.inference.opened_base import as_trained
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles, portable_name
 from trainer.model.layers.matmul_selection import use_matmul
@@ -68,7 +69,7 @@ def inspect(options: Options, run: SelectedRun, console: Console) -> None:
     for data in tasks.values():
         for warning in data.warnings:
             console.warn(warning)
-    base = load_base(engine, files, config, console)
+    base = load_base(engine, files, as_trained(engine, config, options.run_dir), console)
     if base.matmul == "int8":  # gradients of what is scored, not of activations of 8 bits
         use_matmul(base.model, "int8x2", config.base.outlier_threshold)
     evaluator = Evaluator(engine, base.model, files.tokenizer, base.budget)
