@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from trainer.runtime.errors import BadInput
 
 T = TypeVar("T")
 
+#: Least bytes of page-locked memory that are allocated at a time, and the alignment of a shard.
+PINNED_BYTES, PINNED_ALIGNMENT = 256 << 20, 64
 #: Problems that one error lists.
 MAX_PROBLEMS = 10
 
@@ -87,6 +89,30 @@ class ShardGroup:
         self._engine.exchanged_bytes += received_bytes
 
 
+class PinnedMemory:
+    """Page-locked host memory, of which several shards share an allocation.
+
+    torch rounds an allocation up to a power of two (aten/src/ATen/core/CachingHostAllocator.h):
+    one for each shard could take twice the memory of the base.
+    """
+
+    def __init__(self, pin: Callable[[Tensor], Tensor]) -> None:
+        self._pin = pin
+        self._unused: list[Tensor] = []  # the end of each allocation
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Return a uint8 tensor [num_bytes] with unspecified values."""
+        needed = -(-num_bytes // PINNED_ALIGNMENT) * PINNED_ALIGNMENT
+        fitting = (i for i, unused in enumerate(self._unused) if len(unused) >= needed)
+        index = next(fitting, None)
+        if index is None:
+            size = max(PINNED_BYTES, 1 << (needed - 1).bit_length())
+            self._unused.append(self._pin(torch.empty(size, dtype=torch.uint8)))
+            index = -1
+        taken, self._unused[index] = self._unused[index].tensor_split([needed])
+        return taken[:num_bytes]
+
+
 class Zero3Sharder:
     """The ``WeightSharder`` of a rank: allocates its shards and registers them with ZeRO-3.
 
@@ -101,6 +127,7 @@ class Zero3Sharder:
         self._engine, self._init, self._shared = engine, zero_init, shared
         self._group = zero_init.ds_process_group
         self._rank, self._ranks = zero_init.rank, zero_init.dp_world_size
+        self._pinned = PinnedMemory(engine.pin_memory) if zero_init.pin_memory else None
         self.exchange: RowExchange | None = None
         if self._ranks > 1:
             self.exchange = ShardGroup(engine, self._group)
@@ -114,11 +141,14 @@ class Zero3Sharder:
     def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
         if self._shared is not None and unit == 1:  # rows of tables are exchanged, not gathered
             return self._shared.allocate(self._shard_size(num_elements, unit), dtype)
-        device = str(self._init.remote_device)
-        shard = torch.empty(self._shard_size(num_elements, unit), dtype=dtype, device=device)
+        size = self._shard_size(num_elements, unit)
+        if self._pinned is not None:
+            shard = self._pinned.take(size * dtype.itemsize).view(dtype)
+        else:
+            shard = torch.empty(size, dtype=dtype, device=str(self._init.remote_device))
         start, stop = self.bounds(num_elements, unit)
         shard[stop - start :].zero_()
-        return self._engine.pin_memory(shard) if self._init.pin_memory else shard
+        return shard
 
     def adopt(self, parameter: nn.Parameter, shard: Tensor) -> None:
         """See ``WeightSharder``; the parameter becomes a partitioned ZeRO-3 parameter."""
