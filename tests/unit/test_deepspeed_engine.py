@@ -83,3 +83,11 @@ def test_gathered_layers_are_not_activations(monkeypatch: pytest.MonkeyPatch) ->
         engine.place(torch.nn.Module(), placed, torch.bfloat16)
         engine.reset_peak_memory()
         assert engine.peak_activation_bytes() == 1500 - 350 - gathered
+
+
+def test_values_of_one_rank_are_not_sent() -> None:
+    """On a GPU each would be copied there and back, several times for every generated token."""
+    ranks = Ranks(0, 1, 0, torch.device("cuda", 0), 60)  # torch.distributed is not initialized
+    assert ranks.all_gather("value") == ["value"]
+    assert ranks.broadcast("value") == "value"
+    assert ranks.run_on_main(lambda: 7) == 7

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -116,6 +116,8 @@ class Ranks:
 
     def all_gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank. For small plain data."""
+        if self.world_size == 1:  # no copies to a GPU and back for each generated token
+            return [value]
         values: list[Any] = [None] * self.world_size
         with self.tracker.during("all_gather of values"):
             dist.all_gather_object(values, value)
@@ -123,6 +125,8 @@ class Ranks:
 
     def broadcast(self, value: T | None) -> T:
         """Return rank 0's value on every rank. For small plain data and small CPU tensors."""
+        if self.world_size == 1:
+            return cast(T, value)
         values: list[Any] = [value]
         with self.tracker.during("broadcast from rank 0"):
             dist.broadcast_object_list(values, 0)
