@@ -27,9 +27,15 @@ from trainer.config import RunConfig, load
 from trainer.data.task_data import load_tasks
 from trainer.distributed.prefetch import RankInfo, prepare_batch, prepare_step
 from trainer.evaluation.evaluator import Evaluator
-from trainer.evaluation.generation import generate
+from trainer.evaluation.generation import generate, keys_and_values
+from trainer.evaluation.knn_prompting import nearest, read_anchors
+from trainer.evaluation.read_texts import mean_hidden_states
 from trainer.evaluation.scoring import Request
 from trainer.evaluation.stop_criteria import StopCriteria
+from trainer.evaluation.token_sampling import Sampling
+from trainer.inference.requests import GenerationRequest
+from trainer.inference.stream import Stream, StreamingDecoder
+from trainer.inference.stream_text import Piece
 from trainer.model.checkpoint_files import open_base
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
@@ -37,7 +43,7 @@ from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import TokenBudget
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_row import PackedRow
-from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
+from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens, prompt_lengths
 from trainer.runtime.console import Console
 from trainer.training.init_scoring import LossInitScorer
 from trainer.training.initial_bank import embedding_function, make_bank
@@ -69,7 +75,7 @@ def main() -> None:
         families = {f"{case}-dequantize": family(case, "dequantize") for case in CASES}
         for case, kind in PRODUCTS:
             families[f"{case}-{kind}"] = family(case, kind, checkpointing=True)
-        result = {"families": families, "run": compared_run()}
+        result = {"families": families, "run": compared_run(), "inference": compared_inference()}
     Path(sys.argv[1]).write_text(json.dumps(result))
 
 
@@ -135,6 +141,49 @@ def compared_run() -> dict[str, Any]:
         "texts": [expected["texts"], result["texts"]],
         "waits": result["waits"],
         "batches": result["batches"],
+    }
+
+
+def compared_inference() -> list[dict[str, Any]]:
+    """Answer requests and compare texts on the CPU and on the device."""
+    base = load_unsharded(ROOT / "examples" / "tiny_base", "int8")
+    expected = inference(base, CPU)
+    with other_device() as device:
+        moved(base)
+        return [expected, inference(base, device)]
+
+
+def inference(base: PromptedBase, device: torch.device) -> dict[str, Any]:
+    """Decode requests with different prompts in one batch; compare states and distributions."""
+    os.chdir(ROOT)
+    config = load("examples/quickstart.yaml")
+    files = open_base(config.base)
+    engine: Any = OneRank(device)
+    stop = StopCriteria.of(files.generation, files.tokenizer, config.tasks[0])
+    texts = [files.tokenizer(text)["input_ids"] for text in ("A cough.", "Some deer.", "Pain.")]
+    drawn = torch.randn(4, base.hidden_size, generator=torch.Generator().manual_seed(0)) / 2
+    past = PrefixKeyValues(keys_and_values(engine, base, texts[0]).to(device))
+    prompts: list[SoftPrompt] = [VirtualTokens(drawn.to(device)), past]
+    decoder = StreamingDecoder(engine, base, prompts)
+    pieces: list[Piece] = []
+
+    def receive(piece: Piece) -> None:
+        pieces.append(piece)
+        if sum(piece.finish is not None for piece in pieces) == len(streams):
+            decoder.close()
+
+    streams: list[Stream] = []
+    for ids, prompt in zip(texts, (*prompts, None), strict=True):
+        request = GenerationRequest(tuple(ids), 0, prompt, stop, 5)
+        streams.append(decoder.submit(request, Sampling(top_logprobs=2), receive))
+    decoder.run()
+    assert decoder.failure is None, decoder.failure
+    evaluator = Evaluator(engine, base, files.tokenizer, TokenBudget(1024))
+    anchors = read_anchors(evaluator, texts, [0, 1, 2], lambda count: None)
+    return {
+        "texts": [stream.ids for stream in streams],
+        "states": mean_hidden_states(evaluator, texts, lambda count: None).tolist(),
+        "nearest": nearest(evaluator, texts, anchors, [[]] * 3, 2, lambda count: None),
     }
 
 

@@ -70,6 +70,14 @@ def test_a_run_ends_as_on_the_cpu(results: Any) -> None:
     assert run["texts"][0] == run["texts"][1]
 
 
+def test_requests_are_answered_and_texts_compared_as_on_the_cpu(results: Any) -> None:
+    expected, found = results["inference"]
+    assert found["texts"] == expected["texts"]
+    assert found["nearest"] == expected["nearest"]
+    for state, wanted in zip(found["states"], expected["states"], strict=True):
+        assert state == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+
+
 def test_a_step_waits_once_and_once_per_prompt(results: Any) -> None:
     """Once for the sums of all packed batches, and once for the norm of each prompt's gradient.
 
