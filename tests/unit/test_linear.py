@@ -22,6 +22,7 @@ from trainer.model.layers.matmul_selection import (
     MEASURE,
     Measured,
     candidates,
+    check_product,
     largest_shapes,
     measure,
     resolve_matmul,
@@ -359,6 +360,18 @@ class TestMeasure:
         choice = self.measured(monkeypatch, {"dequantize": 0.002, "int8": 0.001})
         assert choice.kind == "dequantize"
         assert "int8 cannot run: Command '['gcc', 'cuda_utils.c']'" in choice.reason
+        with pytest.raises(BadInput, match=r"base\.matmul: int8 cannot run: .*use auto or"):
+            check_product("int8", self.SHAPES, torch.float32, CPU, THRESHOLD)
+
+    @pytest.mark.parametrize("kind", ["int8", "int8x2", "int8_outliers"])
+    def test_a_product_of_the_run_file_is_checked(
+        self, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        check_product(kind, self.SHAPES, torch.float32, CPU, THRESHOLD)
+        check_product(kind, (), torch.float32, CPU, THRESHOLD)
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: PLAIN_INT_MM(a, b) * 2)
+        with pytest.raises(BadInput, match=rf"base\.matmul: {kind} is off by .*; use auto or"):
+            check_product(kind, self.SHAPES, torch.float32, CPU, THRESHOLD)
 
     @needs_library
     def test_bitsandbytes_is_a_candidate(self, monkeypatch: pytest.MonkeyPatch) -> None:

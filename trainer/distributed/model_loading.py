@@ -22,6 +22,7 @@ from trainer.model.layers.fused_ops import compile_fused_operations, fused_count
 from trainer.model.layers.matmul_selection import (
     MEASURE,
     candidates,
+    check_product,
     largest_shapes,
     measure,
     resolve_matmul,
@@ -216,8 +217,8 @@ def _choose_matmul(
     )
     kinds = set(engine.all_gather(resolved))
     matmul = resolved if len(kinds) == 1 else "dequantize"  # auto, on different devices
+    shapes = largest_shapes(model)
     if matmul == MEASURE:
-        shapes = largest_shapes(model)
         with console.phase("measuring int8 products (base.matmul: auto)"):
             every_rank = engine.all_gather(candidates())
             shared = [kind for kind in every_rank[0] if all(kind in rank for rank in every_rank)]
@@ -227,6 +228,13 @@ def _choose_matmul(
         matmul = measured.kind
         untimed = "" if "bitsandbytes" in shared else "; bitsandbytes cannot be imported"
         console.detail(f"base.matmul: auto is {matmul} here ({measured.reason}{untimed})")
+    elif matmul != "dequantize" and engine.device.type == "cuda":
+        with console.phase(f"compiling int8 products (base.matmul: {matmul})"):
+            engine.run_on_all(
+                lambda: check_product(
+                    matmul, shapes, dtype, engine.device, settings.outlier_threshold
+                )
+            )
     elif (
         settings.matmul == "auto"
         and settings.quantization == "int8"

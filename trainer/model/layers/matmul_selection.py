@@ -204,6 +204,28 @@ def measure(
     return Measured(min(kinds, key=lambda kind: seconds[kind]), "; ".join(failures))
 
 
+def check_product(
+    kind: str,
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    outlier_threshold: float,
+) -> None:
+    """Run the product that ``base.matmul`` names once, on a random matrix of the first shape.
+
+    Without this check, a machine without a compiler for Triton would fail at the first step.
+
+    Raises:
+        BadInput: if the product fails, or its error exceeds ``ACCEPTABLE_ERROR``.
+    """
+    products = [_product(each, outlier_threshold) for each in (kind, "dequantize")]
+    failures = [_Problem(shape, dtype, device).failure(*products) for shape in shapes[:1]]
+    if device.type == "cuda":  # free memory is measured next
+        torch.cuda.empty_cache()
+    if any(failures):
+        raise BadInput(f"base.matmul: {kind} {failures[0]}; use auto or dequantize")
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
