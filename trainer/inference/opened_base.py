@@ -60,7 +60,7 @@ def as_trained(engine: Engine, config: RunConfig, folder: Path) -> RunConfig:
         known = get_args(Base.model_fields["matmul"].annotation)
         try:
             environment = read_json_object(folder / "environment.json")
-            matmul = environment.get("matmul")
+            matmul = str(environment.get("matmul"))
             if environment.get("device") != device or matmul not in known:
                 return None
             return resolve_matmul(matmul, config.base.quantization, engine.device, 0)
