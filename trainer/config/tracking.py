@@ -49,7 +49,9 @@ class Tracking(Section):
         "Needs the extra promptshard[tensorboard].",
     )
     system_metrics: bool = Field(
-        True, description="record CPU, memory and GPU load of rank 0's node"
+        True,
+        description="record CPU, memory and GPU load of rank 0's node\n"
+        "NVIDIA GPUs need the package nvidia-ml-py.",
     )
 
     @field_validator("register_as")
