@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from tests.unit.saved_run import TINY, save_run
 from trainer.config import load
-from trainer.distributed.model_loading import _supported
+from trainer.distributed.model_loading import _checked, _supported
 from trainer.inference.opened_base import as_trained, open_inference_base
 from trainer.inference.saved_run import open_run
 from trainer.model.layers import matmul_selection
@@ -60,6 +61,29 @@ def test_auto_replaces_what_is_not_supported(monkeypatch: pytest.MonkeyPatch) ->
 def test_all_ranks_use_the_same() -> None:
     used = supported(["base.matmul=int8", "engine.attention=sdpa"], (NO_COMPILER, ""))
     assert used == ("auto", "sdpa", [NO_COMPILER.replace("use auto", "using auto")])
+
+
+def test_a_product_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the base is loaded; inference uses another one."""
+    engine: Any = SimpleNamespace(device=torch.device("cpu"), run_on_all=lambda work: work())
+    warnings: list[str] = []
+    console: Any = SimpleNamespace(warn=warnings.append)
+    base = load(ROOT / "examples/quickstart.yaml", ["base.matmul=int8"]).base
+
+    def used(only_inference: bool) -> str:
+        shapes = [(48, 64)]
+        return _checked(engine, base, base.matmul, shapes, torch.float32, console, only_inference)
+
+    def build(*_: Any) -> Any:
+        raise subprocess.CalledProcessError(1, ["gcc"])
+
+    assert used(False) == used(True) == "int8"
+    monkeypatch.setattr(torch, "_int_mm", build)
+    with pytest.raises(BadInput, match=r"base\.matmul: int8 cannot run: .*gcc.*; use auto or"):
+        used(False)
+    assert used(True) == "dequantize"
+    (warning,) = warnings
+    assert warning.endswith("; using dequantize")
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def load_base(
     if fused := fused_counts(model):
         counts = ", ".join(f"{count} {operation}" for operation, count in sorted(fused.items()))
         console.detail(f"fused operations: {counts}")
-    matmul = _choose_matmul(engine, settings, model, dtype, console)
+    matmul = _choose_matmul(engine, settings, model, dtype, console, only_inference)
     packed = family_of(files.config, files.name).packed
     flex = engine.run_on_all(
         lambda: resolve_attention(config.engine.attention, engine.device, packed)
@@ -207,7 +207,12 @@ def _supported(engine: Engine, config: RunConfig, console: Console) -> RunConfig
 
 
 def _choose_matmul(
-    engine: Engine, settings: Base, model: PreTrainedModel, dtype: torch.dtype, console: Console
+    engine: Engine,
+    settings: Base,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    console: Console,
+    only_inference: bool,
 ) -> str:
     """Set the product of int8 layers: ``base.matmul``, or the fastest as measured on rank 0."""
     resolved = engine.run_on_all(
@@ -230,11 +235,7 @@ def _choose_matmul(
         console.detail(f"base.matmul: auto is {matmul} here ({measured.reason}{untimed})")
     elif matmul != "dequantize" and engine.device.type == "cuda":
         with console.phase(f"compiling int8 products (base.matmul: {matmul})"):
-            engine.run_on_all(
-                lambda: check_product(
-                    matmul, shapes, dtype, engine.device, settings.outlier_threshold
-                )
-            )
+            matmul = _checked(engine, settings, matmul, shapes, dtype, console, only_inference)
     elif (
         settings.matmul == "auto"
         and settings.quantization == "int8"
@@ -249,4 +250,25 @@ def _choose_matmul(
             f"base.matmul: {len(exact)} layer(s) too wide for 32-bit sums are dequantized "
             f"(such as {exact[0]})"
         )
+    return matmul
+
+
+def _checked(
+    engine: Engine,
+    settings: Base,
+    matmul: str,
+    shapes: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    console: Console,
+    only_inference: bool,
+) -> str:
+    """Return the product if it works on all ranks; for inference, else ``dequantize``."""
+    threshold = settings.outlier_threshold
+    try:
+        engine.run_on_all(lambda: check_product(matmul, shapes, dtype, engine.device, threshold))
+    except BadInput as error:
+        if not only_inference:
+            raise
+        console.warn(f"{error.problems[0].rpartition('; ')[0]}; using dequantize")
+        return "dequantize"
     return matmul
