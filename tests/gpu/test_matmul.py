@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.gpu.quickstart import first_steps
 from trainer.model.layers.int8_matmul import aligned_int_product
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.matmul_selection import INT8_CAPABILITY, candidates, measure, use_matmul
 from trainer.model.layers.quantization import quantize_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 HAS_INT8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= INT8_CAPABILITY
 pytestmark = pytest.mark.skipif(not HAS_INT8, reason="needs a CUDA device that multiplies int8")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -97,26 +93,4 @@ def test_auto_measures() -> None:
 
 @pytest.mark.parametrize("kind", ["auto", "dequantize", "int8", "int8_outliers", "bitsandbytes"])
 def test_first_steps_of_the_quickstart(tmp_path: Path, kind: str) -> None:
-    settings = {
-        "output_dir": tmp_path,
-        "base.matmul": kind,
-        "training.steps": 3,
-        "evaluation.every": 3,
-        "checkpoint.every": 3,
-        "tracking.system_metrics": "false",
-    }
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    command = ["-m", "launch", "train", "examples/quickstart.yaml", *overrides, "--processes", "1"]
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    prompts = json.loads((tmp_path / "summary.json").read_text())["prompts"]
-    assert all(0 < prompt["validation_loss"] < 20 for prompt in prompts.values())
+    first_steps(tmp_path, base__matmul=kind)
