@@ -1,4 +1,4 @@
-"""Time from the command to the first step of ``promptshard train`` on the tiny base.
+"""Time of ``promptshard --help``, and until the first step of ``promptshard train``.
 
     python -m benchmarks.startup
 
@@ -24,6 +24,8 @@ from benchmarks.figures import machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RANKS = (1, 2)
+#: Calls of ``--help``; the fastest counts.
+HELPS = 5
 SETTINGS = [
     *("examples/quickstart.yaml", "training.steps=1", "evaluation.train_rows=0"),
     *(f"tasks[{i}].hand_written=[]" for i in (0, 1)),
@@ -61,6 +63,21 @@ def measure(ranks: int, output: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu_seconds": used, "load": os.getloadavg()[0], **time_of}
 
 
+def measure_help() -> dict[str, float]:
+    """Print the help of a command; return seconds and CPU seconds."""
+    calls = []
+    for _ in range(HELPS):
+        started, before = time.monotonic(), os.times()
+        command = [sys.executable, "-m", "launch", "validate", "--help"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        used = after.children_user + after.children_system
+        used -= before.children_user + before.children_system
+        calls.append((used, time.monotonic() - started))
+    used, seconds = min(calls)
+    return {"seconds": seconds, "cpu_seconds": used}
+
+
 def _cpu_seconds(pid: int) -> float:
     """CPU seconds of a process and of all that it has started, ended ones included."""
     total = 0.0
@@ -89,13 +106,19 @@ def table(result: dict[str, Any]) -> str:
             f"| {ranks} | {run['seconds']:.1f} | {run['cpu_seconds']:.1f} | {run['start']:.1f} | "
             f"{run['load']:.1f} |"
         )
+    shown = result["help"]
+    lines += [
+        "",
+        f"`promptshard validate --help`: {shown['seconds']:.2f} s, "
+        f"{shown['cpu_seconds']:.2f} CPU seconds.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         runs = {str(ranks): measure(ranks, Path(temporary) / str(ranks)) for ranks in RANKS}
-    result = {"machine": machine(), "runs": runs}
+    result = {"machine": machine(), "runs": runs, "help": measure_help()}
     (RESULTS / "startup.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(result)
     (RESULTS / "startup.md").write_text(text)
