@@ -148,7 +148,9 @@ class FakeLaboratory:
         return 0.01 if replace(cell, rate=0.01) in self._results else None
 
 
-def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
+def test_table_states_losses_and_what_was_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours_cell = DESIGN.cell(OURS, "condition", 128, 0)
     lora = replace(DESIGN.cell(LORA, "condition", 128, 0), rate=0.01)
     results = {
@@ -178,10 +180,12 @@ def test_table_states_losses_and_what_was_not_run(tmp_path: Path) -> None:
     assert "- **condition**: 100 training rows, 4 validation rows, whole reviews." in text
     assert f"| condition, {OURS} | {DESIGN.steps} | 4, 4 | 42.5% |" in text
     assert f"| condition, {OURS} | 80 | 50 | 75.0% | +50.0, " in text
-    tables.plot(laboratory, DESIGN, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-    scores = tables.documents(laboratory, DESIGN, [])["scores"]
-    assert scores[f"condition, 128 rows, {OURS}"]["seeds"] == [0, 1]
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    command.write(laboratory, DESIGN)
+    assert (tmp_path / "learning-smollm2.png").stat().st_size > 1000
+    written = json.loads((tmp_path / "learning-smollm2.json").read_text())
+    assert written["cells"] == laboratory.cells
+    assert written["scores"][f"condition, 128 rows, {OURS}"]["seeds"] == [0, 1]
 
 
 def test_a_cell_depends_on_the_resolved_settings_of_its_prompt() -> None:

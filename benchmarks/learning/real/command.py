@@ -96,10 +96,15 @@ def main(command_line: list[str]) -> None:
 
 
 def write(laboratory: Laboratory, design: Design) -> None:
-    """Write table, plot and JSON of all results to ``benchmarks/results``, and print the table."""
+    """Write table, plot and JSON of all results to ``benchmarks/results``, and print the table.
+
+    In the JSON file, each cell is a line.
+    """
     text = tables.tables(laboratory, design, f"{NAME}.png")
     document = tables.documents(laboratory, design, list(laboratory.cells))
-    atomic_io.write(RESULTS / f"{NAME}.json", json.dumps(document, indent=1) + "\n")
+    cells = ",\n".join(json.dumps(record) for record in document.pop("cells"))
+    scores = json.dumps(document, indent=1).removesuffix("\n}")
+    atomic_io.write(RESULTS / f"{NAME}.json", f'{scores},\n "cells": [\n{cells}\n]}}\n')
     atomic_io.write(RESULTS / f"{NAME}.md", text)
     tables.plot(laboratory, design, RESULTS / f"{NAME}.png")
     print(text)
