@@ -98,7 +98,8 @@ def train(
     file = folder / f"{output.name}.yaml"
     file.write_text(yaml.safe_dump(run, sort_keys=False, allow_unicode=True))
     log = _launch(folder, output.name, "train", str(file), "--processes", "1")
-    _launch(folder, f"{output.name}.evaluation", "evaluate", str(output), "--data", validation)
+    scored = ("evaluate", str(output), "--data", validation, "--processes", "1")
+    _launch(folder, f"{output.name}.evaluation", *scored)
     return [_result(output, log, i, run) for i in range(len(cells))]
 
 
