@@ -218,8 +218,9 @@ def _length(task: str, steps: int, arm: ArmResult, majority: ArmResult | None) -
 def _costs(laboratory: Laboratory, design: Design) -> Iterator[str]:
     profile = laboratory.result(_profile_cell(design))
     yield (
-        "Seconds on one thread of a machine that other programs used: they compare arms only "
-        "roughly. FLOPs of training are counted by operator in one step and scaled to all tokens."
+        "Seconds on one thread of machines that other programs used, not the same machine for all "
+        "cells: they compare arms only roughly. FLOPs of training are counted by operator in one "
+        "step and scaled to all tokens."
     )
     yield ""
     yield (
