@@ -13,6 +13,7 @@ import torch
 from benchmarks.learning import ours, peers, tiny_base
 from benchmarks.learning.real import command, own_runs, tables
 from benchmarks.learning.real.cells import Cell, Cells
+from benchmarks.learning.real.laboratory import BestStep
 from benchmarks.learning.real.packed_peft import PEERS, PackedModel, common_tokens, pack, score
 from benchmarks.learning.real.plan import HAND_WRITTEN, MAJORITY, Design, Job, Reviews, jobs
 from trainer.config import load
@@ -82,6 +83,30 @@ def test_packed_candidates_are_scored_as_separate_rows(data: peers.Data, base: A
     theirs, own = peers.score(model, data, rows), score(PackedModel(model, common), rows)
     assert {key: own[key] for key in theirs} == pytest.approx(theirs, abs=2e-5)
     assert sum(own["correct"]) == own["accuracy"] * len(rows.candidates)
+
+
+def test_the_adapter_of_the_best_step_on_held_out_rows_counts(data: peers.Data, base: Any) -> None:
+    rows = data.tasks["triage"].evaluation["validation"]
+    common = common_tokens(candidates[0] for candidates in rows.candidates)
+    model = peers.peft_model(
+        base, peers.FROM_TEXT, seed=0, text="Name the topic.", num_virtual_tokens=5
+    )
+    (trained,) = (p for p in model.parameters() if p.requires_grad)
+    best, scores = BestStep(model, common, rows, [1, 3]), {}
+    for step in range(1, 5):
+        with torch.no_grad():
+            trained.add_(torch.randn_like(trained))
+        found = score(PackedModel(model, common), rows)
+        scores[step] = {key: found[key] for key in ("loss", "accuracy")}
+        best.after(step)
+    expected = min((1, 3), key=lambda step: (-scores[step]["accuracy"], scores[step]["loss"]))
+    assert best.restore() == {"step": expected, "held_back": scores[expected]}
+    assert score(PackedModel(model, common), rows)["loss"] == scores[expected]["loss"]
+
+
+def test_longer_runs_have_steps_to_choose_from() -> None:
+    assert own_runs.choice_of_step(60) == {}, "results of earlier calls stay valid"
+    assert own_runs.choice_of_step(240) == {"best_of_steps": [50, 100, 150, 200, 240]}
 
 
 CELL = Cell(LORA, "condition", 128, 4, 64, 4, 0, seed=0, rate=0.01)
