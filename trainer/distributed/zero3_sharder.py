@@ -109,8 +109,8 @@ class PinnedMemory:
             size = max(PINNED_BYTES, 1 << (needed - 1).bit_length())
             self._unused.append(self._pin(torch.empty(size, dtype=torch.uint8)))
             index = -1
-        taken, self._unused[index] = self._unused[index].tensor_split([needed])
-        return taken[:num_bytes]
+        memory, self._unused[index] = self._unused[index].tensor_split([needed])
+        return memory[:num_bytes]
 
 
 class Zero3Sharder:

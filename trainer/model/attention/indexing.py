@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 def take(x_T: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Elements of [T, ...] at each of the indices [S, n]: [S, n, ...]."""
-    taken: tuple[Tensor, ...] = _Take.apply(x_T, *indices)
-    return taken
+    elements: tuple[Tensor, ...] = _Take.apply(x_T, *indices)
+    return elements
 
 
 class _Take(torch.autograd.Function):
