@@ -13,9 +13,10 @@ from trainer.evaluation.token_sampling import Sampling, TokenChooser
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def test_parts_of_an_allocation_are_page_locked() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_parts_of_an_allocation_are_page_locked(dtype: torch.dtype) -> None:
     memory = PinnedMemory(torch.Tensor.pin_memory)
-    shards = [memory.take(4 * size).view(torch.float32) for size in (1000, 3, 77)]
+    shards = [memory.take(dtype.itemsize * size).view(dtype) for size in (1000, 3, 77)]
     for number, shard in enumerate(shards):
         assert shard.is_pinned()
         shard.fill_(number)

@@ -1,4 +1,4 @@
-"""On CUDA devices: shards in page-locked host memory, and several ranks with NCCL."""
+"""On CUDA devices: shards in host memory, and several ranks with NCCL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.gpu.quickstart import first_steps
-from trainer.distributed.zero3_sharder import PinnedMemory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -20,14 +19,6 @@ SAME = {"base__matmul": "dequantize", "base__dtype": "float32"}
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return first_steps(tmp_path_factory.mktemp("one"), **SAME)
-
-
-def test_shards_are_in_page_locked_memory() -> None:
-    memory = PinnedMemory(torch.Tensor.pin_memory)
-    first, second = memory.take(1000).view(torch.int8), memory.take(1000).view(torch.bfloat16)
-    for shard in (first, second):
-        assert shard.is_pinned()
-        assert torch.equal(shard.fill_(3).to("cuda", non_blocking=True).cpu(), shard)
 
 
 def test_offloaded_shards_give_the_same_losses(tmp_path: Path, one_rank: dict[str, Any]) -> None:

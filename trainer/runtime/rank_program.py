@@ -97,8 +97,8 @@ def run_guarded(
             lambda: flush_and_exit(_interrupted(logs, resumes_from, console))
         )
         program(console)
-        if answers and out.lost:
-            console.error(f"stdout: the result is not written: {out.lost}")
+        if answers and out.problem:
+            console.error(out.problem)
             return EXIT_FAILURE
         if rank == 0:
             mark_finished()

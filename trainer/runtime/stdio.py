@@ -44,6 +44,11 @@ class DroppingStream(io.TextIOWrapper):
         except OSError as error:
             self._drop(error)
 
+    @property
+    def problem(self) -> str:
+        """An error if text is lost, else an empty text."""
+        return f"stdout: the result is not written: {self.lost}" if self.lost else ""
+
     def _drop(self, error: OSError) -> None:
         if not isinstance(error, BrokenPipeError):
             self.lost = error.strerror or str(error)
@@ -63,8 +68,7 @@ def keep_streams() -> None:
 def lost_output() -> str:
     """Return an error if text for stdout is lost on a full disk, else an empty text."""
     sys.stdout.flush()
-    lost = sys.stdout.lost if isinstance(sys.stdout, DroppingStream) else ""
-    return f"stdout: the result is not written: {lost}" if lost else ""
+    return sys.stdout.problem if isinstance(sys.stdout, DroppingStream) else ""
 
 
 def open_private(log: Path) -> int:

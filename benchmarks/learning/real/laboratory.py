@@ -59,7 +59,7 @@ class Laboratory:
         """Return the resolved settings of a cell, which are a part of its key."""
         digest = self.files.digest(cell.task, cell.rows, cell.validation_rows)
         if cell.arm in OURS:
-            return own_runs.settings_of(cell, self._own_task(cell, written=False), digest)
+            return own_runs.settings_of(cell, self._own_task(cell), digest)
         shared = {"version": VERSION, "rows": digest, "held_back": HELD_BACK}
         if cell.arm == STEP_PROFILE:
             return shared
@@ -124,13 +124,11 @@ class Laboratory:
         result |= {"trainer_commit": trainer_commit()}
         self.cells.put(cell, self.settings(cell), result)
 
-    def _own_task(self, cell: Cell, *, written: bool) -> dict[str, Any]:
-        """Section of the task in this trainer's run file; ``written``: the rows are in files."""
-        files = {"train": "train", "validation": "validation"}
-        if written:
-            paths = self._write_rows(cell)
-            files = {"train": paths["train"], "validation": paths["held_back"]}
-        section = self.files.questions[cell.task].section(**files)
+    def _own_task(
+        self, cell: Cell, train: str = "train", validation: str = "validation"
+    ) -> dict[str, Any]:
+        """Section of the task in this trainer's run file, with the paths of its rows."""
+        section = self.files.questions[cell.task].section(train=train, validation=validation)
         return section | {"hand_written": [self.instruction(cell)]}
 
     def _write_rows(self, cell: Cell) -> dict[str, str]:
@@ -152,10 +150,10 @@ class Laboratory:
         first = cells[0]
         name = f"run-{first.task}-{first.rows}-rows-{first.steps}-steps-{first.seed}"
         output = self.files.folder / name
-        task = self._own_task(first, written=True)
+        paths = self._write_rows(first)
+        task = self._own_task(first, paths["train"], paths["held_back"])
         run = own_runs.run_sections(cells, task, str(self.files.base), str(output))
-        validation = self._write_rows(first)["validation"]
-        results = own_runs.train(cells, run, validation, self.files.folder)
+        results = own_runs.train(cells, run, paths["validation"], self.files.folder)
         for cell, result in zip(cells, results, strict=True):
             self._keep(cell, result)
 
