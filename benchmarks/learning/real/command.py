@@ -101,10 +101,10 @@ def write(laboratory: Laboratory, design: Design) -> None:
     In the JSON file, each cell is a line.
     """
     text = tables.tables(laboratory, design, f"{NAME}.png")
-    document = tables.documents(laboratory, design, list(laboratory.cells))
-    cells = ",\n".join(json.dumps(record) for record in document.pop("cells"))
-    scores = json.dumps(document, indent=1).removesuffix("\n}")
-    atomic_io.write(RESULTS / f"{NAME}.json", f'{scores},\n "cells": [\n{cells}\n]}}\n')
+    scores = json.dumps(tables.scores(laboratory, design), indent=1)
+    cells = ",\n".join(json.dumps(record) for record in laboratory.cells)
+    document = f'{{"scores": {scores},\n"cells": [\n{cells}\n]}}\n'
+    atomic_io.write(RESULTS / f"{NAME}.json", document)
     atomic_io.write(RESULTS / f"{NAME}.md", text)
     tables.plot(laboratory, design, RESULTS / f"{NAME}.png")
     print(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from benchmarks.learning.real.arm_results import ArmResult, arm_results
 from benchmarks.learning.real.cells import Cell
 from benchmarks.learning.real.files import HELD_BACK
 from benchmarks.learning.real.laboratory import NUM_SHOTS, NUM_VIRTUAL_TOKENS, Laboratory
-from benchmarks.learning.real.own_runs import BASES, OURS
+from benchmarks.learning.real.own_runs import BASES, OURS, validated_steps
 from benchmarks.learning.real.packed_peft import PEERS
 from benchmarks.learning.real.plan import (
     BASELINES,
@@ -88,9 +88,9 @@ def _head(laboratory: Laboratory, design: Design) -> list[str]:
         "bfloat16 products). AdamW, clipped, linear decay. The rows of an update are packed into "
         "one batch, as in ours. The learning rate is the one with the lowest loss on "
         f"{HELD_BACK} training rows that no arm trains on, of those in the table.",
-        f"- **Best step**: longer runs are scored on these {HELD_BACK} held-out rows every "
-        "50 steps and at the end, and the best step counts, for ours and for PEFT. Runs of 60 "
-        "steps have only their last step.",
+        f"- **Best step**: ours and PEFT are scored on these {HELD_BACK} held-out rows whenever "
+        f"`promptshard train` validates by default (with {design.steps} steps: after step "
+        f"{', '.join(map(str, validated_steps(design.steps)))}), and the best step counts.",
         f"- **Best instruction**: of five, the one with the highest accuracy on the {HELD_BACK} "
         "held-out rows. It is `hand_written` in our run file, and the initial text "
         "of *PEFT prompt tuning, text*.",
@@ -356,13 +356,13 @@ def plot(laboratory: Laboratory, design: Design, path: Path) -> None:
     pyplot.close(figure)
 
 
-def documents(laboratory: Laboratory, design: Design, records: Sequence[Any]) -> dict[str, Any]:
-    """Return the content of the JSON file: the cells, and the scores of the table."""
-    scores = {}
+def scores(laboratory: Laboratory, design: Design) -> dict[str, Any]:
+    """Return the scores of the table, for all numbers of training rows."""
+    by_arm = {}
     for task in design.tasks:
         for rows in design.rows:
             for name, arm in arm_results(laboratory, design, task, rows).items():
-                scores[f"{task}, {rows} rows, {name}"] = {
+                by_arm[f"{task}, {rows} rows, {name}"] = {
                     "accuracy": round(arm.accuracy, 4),
                     "interval": [round(x, 4) for x in arm.interval],
                     "loss": None if arm.loss is None else round(arm.loss, 4),
@@ -370,4 +370,4 @@ def documents(laboratory: Laboratory, design: Design, records: Sequence[Any]) ->
                     "rate": arm.rate,
                     "rates_tried": list(arm.tried),
                 }
-    return {"scores": scores, "cells": list(records)}
+    return by_arm
