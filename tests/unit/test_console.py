@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainer.runtime import console as module
 from trainer.runtime.console import Console
@@ -191,6 +192,20 @@ def test_details_are_printed_only_when_asked_for(
     console.verbose = True
     console.detail("packed batches of up to 1,536 tokens")
     assert out.getvalue() == "packed batches of up to 1,536 tokens\n"
+
+
+def test_gpu_memory_that_ran_out_is_reported_with_a_remedy() -> None:
+    err = io.StringIO()
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 22.19 GiB "
+        "of which 8.50 MiB is free. Process 77 has 22.18 GiB memory in use. Of the allocated "
+        "memory 21.6 GiB is allocated by PyTorch."
+    )
+    Console(io.StringIO(), err).failure(error)
+    assert err.getvalue() == (
+        "error: OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB; use more GPUs, "
+        "so that each holds less of the base, or end other programs that use this one\n"
+    )
 
 
 def test_output_of_libraries_does_not_appear_on_the_terminal(

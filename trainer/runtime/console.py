@@ -152,9 +152,8 @@ class Console:
         """Print the first line of the error that ends the run; only once per error."""
         if error is not self._reported:
             self._reported = error
-            first_line = str(error).strip().split("\n")[0]
             where = f" (full message in {self._log})" if self._log and self._log.exists() else ""
-            self.error(f"{type(error).__name__}: {first_line}{where}")
+            self.error(f"{type(error).__name__}: {_essence(error)}{where}")
 
     def table(
         self,
@@ -316,3 +315,15 @@ class Console:
 
 def _safe(text: str) -> str:
     return printable(redact(text))
+
+
+def _essence(error: BaseException) -> str:
+    """Return the first line of an error; if GPU memory ran out, what was needed and a remedy."""
+    first_line = str(error).strip().split("\n")[0]
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
+        return first_line
+    needed = ". ".join(first_line.split(". ")[:2]).rstrip(".")
+    return (
+        f"{needed}; use more GPUs, so that each holds less of the base, or end other programs that "
+        "use this one"
+    )
