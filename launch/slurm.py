@@ -229,9 +229,10 @@ def _setup(job: Job) -> Iterator[str]:
     yield 'log() { printf \'%(%F %T)T job %s: %s\\n\' -1 "$SLURM_JOB_ID" "$*"; }'
     yield ""
     if job.modules:
-        yield "if ! type module >/dev/null 2>&1; then set +u; source /etc/profile; set -u; fi"
-    for module in job.modules:
-        yield f"module load {module} || exit 1"
+        yield "set +u  # profiles and modules, such as those that activate conda, read unset variables"
+        yield "if ! type module >/dev/null 2>&1; then source /etc/profile; fi"
+        yield from (f"module load {module} || exit 1" for module in job.modules)
+        yield "set -u"
     if len(job.tasks) == 1:
         yield f"set -- {shlex.join(job.tasks[0])}"
     else:
@@ -257,7 +258,8 @@ def _srun(job: Job) -> Iterator[str]:
     """Yield the lines of the srun command. Each node has one task, with rank SLURM_NODEID."""
     # if one node fails, the others have time to save
     yield f"srun --nodes={job.nodes} --ntasks-per-node=1 --kill-on-bad-exit=0"
-    yield f"--wait={WAIT_SECONDS}"
+    # the environment of this script, which sbatch --export=NONE would also withhold from tasks
+    yield f"--wait={WAIT_SECONDS} --export=ALL"
     if job.cpus_per_task is not None:
         yield f"--cpus-per-task={job.cpus_per_task}"  # not inherited from sbatch since 22.05
     if job.container is not None:

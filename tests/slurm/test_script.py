@@ -72,6 +72,7 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     """Several jobs at once: most of the time passes until a requeued job may start."""
     words = ("run 'x'.yaml", 'a.b=$HOME `id` "q" \\n', "c=*")
     plain = job(desk, "plain", words, fresh=True)
+    bare = job(desk, "bare", ("r",), extra=("--export=NOTES",))
     array = job(desk, "array", ("r0", "code=0"), ("r1", "code=75"), ("r2", "code=3"))
     bounded = job(desk, "bounded", ("r", "always=75"), max_requeues=1)
     refused = job(desk, "notified", ("r", "wait"), max_requeues=0)
@@ -91,6 +92,10 @@ def test_jobs(desk: Desk, notes: Path) -> None:
         assert call[call.index("--master-port") + 1] == port
         assert call[call.index("--hosts") + 1] == "127.0.0.1,127.0.0.2"
         assert call[-6:] == ["--fresh", *words, "--node-rank", str(rank)]
+
+    # a job without the user's environment
+    assert "ended with exit code 0" in read(desk.path / f"bare-{bare}.out")
+    assert {path.name for path in notes.glob("bare-*")} == {"bare-0-0-0", "bare-0-0-1"}
 
     # of the array, the task that stopped and saved was requeued, and no other
     runs = sorted(path.name for path in notes.glob("array-*-0"))
@@ -121,7 +126,7 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     assert desk.cluster.job(cancelled)["JobState"] == "CANCELLED"
     assert "ended with exit code" not in read(desk.path / f"cancelled-{cancelled}.out")
     assert not list(notes.glob("cancelled-0-1-*"))
-    for number in (plain, bounded, refused, cancelled):
+    for number in (plain, bare, bounded, refused, cancelled):
         assert alive_in(number) == []
 
 

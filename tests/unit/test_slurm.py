@@ -183,6 +183,8 @@ def test_containers_and_modules():
     assert "--container-workdir=/proj/me" in text
     # since 22.05 srun does not inherit it
     assert text.count("--cpus-per-task=32") == 2
+    # otherwise it would inherit --export=NONE from sbatch
+    assert "--export=ALL" in text
     assert "--need-gpus" in text
 
 
@@ -271,6 +273,13 @@ def test_each_node_gets_its_own_rank_and_all_the_same_meeting_point(tmp_path):
         assert words[words.index("--slots") + 1] == "3"
         assert "10.0.0.99" not in words
     assert batch.requeued == []
+
+
+def test_modules_may_read_unset_variables(tmp_path):
+    batch = Batch(tmp_path, modules=("conda/24",))
+    code, text = batch.run("0", **{"BASH_FUNC_module%%": '() { echo "${1}ed $2 $NOT_SET"; }'})
+    assert "loaded conda/24" in text
+    assert code == 0, text
 
 
 def test_a_host_that_scontrol_does_not_name_is_no_reason_for_localhost(tmp_path):
