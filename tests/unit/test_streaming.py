@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from benchmarks.random_base import save_random
 from benchmarks.unsharded_base import load_unsharded
@@ -24,6 +25,7 @@ from trainer.inference import stream_schedule
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream import Busy, Limits, StreamingDecoder
 from trainer.inference.stream_text import Piece, TextPieces
+from trainer.model.attention.batch_cache import SPARE, BatchCache
 from trainer.model.checkpoint_files import open_base
 from trainer.prompts.soft_prompt import VirtualTokens
 
@@ -201,6 +203,39 @@ def test_sampling_follows_the_seed_and_top_p(folder, prompts, tokenizer):
         assert len({tuple(draw()) for _ in range(3)}) == 3
         greedy = draw(temperature=0.0)
         assert draw(top_p=1e-6) == greedy == draw(temperature=1e-4)
+
+
+def test_buffers_of_keys_follow_the_rows_that_are_left():
+    """Room for short rows that have left is not kept when a long row joins, or rows grow."""
+    batch = BatchCache()
+
+    def join(tokens: int) -> None:
+        read = DynamicCache()
+        read.update(torch.zeros(1, 1, tokens, 2), torch.zeros(1, 1, tokens, 2), 0)
+        batch.add(read, [tokens])
+
+    def stored() -> int:
+        """Tokens for which the memory has room."""
+        return int(batch.layers[0].keys.untyped_storage().nbytes()) // (2 * 4)
+
+    def leave(kept: int) -> None:
+        while len(batch.lengths) > kept:
+            batch.remove(0)
+
+    for _ in range(64):
+        join(100)
+    leave(1)
+    join(8_000)
+    assert stored() <= SPARE * 2 * 8_100
+    leave(0)
+    for _ in range(64):
+        join(100)
+    leave(1)
+    token = torch.zeros(1, 1, 1, 2)
+    for _ in range(1_000):
+        batch.layers[0].update(token, token)
+        batch.note_step()
+    assert stored() <= SPARE * 2 * 1_100
 
 
 def test_a_cancelled_request_leaves_and_too_many_are_refused(folder, prompts, tokenizer):

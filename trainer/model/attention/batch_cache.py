@@ -124,7 +124,7 @@ class _BufferLayer(DynamicLayer):
         assert key_states.shape[2] == 1, "rows are read with their own cache"
         states = [key_states, value_states]
         if self._end == self._buffers[0].shape[2]:
-            self._grow(states, len(self._buffers[0]), self._end - self._start)
+            self._grow(states, self._rows, self._end - self._start)
         for buffer, state in zip(self._buffers, states, strict=True):
             buffer[: self._rows, :, self._end] = state[:, :, 0]
         self._end += 1
@@ -136,15 +136,21 @@ class _BufferLayer(DynamicLayer):
         needed = self._rows + rows
         capacity = len(self._buffers[0]) if self._buffers else 0
         if needed > capacity or width > self._end:
-            self._grow(parts, max(needed, 2 * self._rows) if needed > capacity else capacity, width)
+            self._grow(parts, needed, width)
 
-    def _grow(self, parts: Sequence[Tensor], rows: int, width: int) -> None:
+    def _grow(self, parts: Sequence[Tensor], needed: int, width: int) -> None:
         """Allocate buffers; afterwards ``width`` columns are before the end, and spare ones after.
 
         A row that joins later may be longer than all present ones, so some are also before those.
+
+        Args:
+            needed: number of rows. The new buffers have room for at most twice as many: fewer than
+                the old ones if most of their rows have left.
         """
         spare = width // 2 + SPARE_COLUMNS
         old, kept = self._buffers, self._end - self._start
+        capacity = len(old[0]) if old else 0
+        rows = min(capacity, 2 * needed) if capacity >= needed else max(needed, 2 * self._rows)
         end = spare // 2 + width
         self._buffers = []
         for i, part in enumerate(parts):
