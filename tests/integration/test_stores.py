@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from tests.integration.test_mlflow import (
     assert_complete,
@@ -24,12 +25,13 @@ from tests.integration.test_mlflow import (
 )
 from tests.integration.test_mlflow import store as store
 from tests.mlflow_server import wait_until
-from tests.unit.run_folder import finished_run, log_steps, write_inputs, write_results
+from tests.unit.run_folder import STEPS, finished_run, log_steps, write_inputs, write_results
 from trainer.reporting.mlflow_note import read_results
 from trainer.runtime.errors import BadInput
 from trainer.tracking import MetricsLog, TrackingClient, sqlite_store
-from trainer.tracking.pusher import SyncResult
+from trainer.tracking.pusher import Pusher, SyncResult
 from trainer.tracking.pusher import sync as sync_here
+from trainer.tracking.store_uri import resolve
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 TOKEN = "token-of-the-environment"
@@ -217,6 +219,42 @@ def test_experiments_and_runs_that_the_environment_names(
     assert adopted.run_id == given
     assert other.run_id not in (given, first.run_id)
     assert other.points == adopted.points
+
+
+@pytest.mark.parametrize(
+    ("deleted", "when"), [("all", "training"), ("parent", "ending"), ("prompt", "training")]
+)
+def test_runs_that_are_deleted_in_mlflow_during_training_are_created_again(
+    tmp_path: Path, store: str, deleted: str, when: str
+) -> None:
+    folder = write_inputs(tmp_path / "run")
+    log, target = MetricsLog(folder), resolve(folder)
+    with target.applied():
+        pusher = Pusher(folder, target, read_results)
+        log_steps(log, 0, 40 if when == "training" else STEPS)
+        pusher.push(running=True)
+        run_ids = {None: pusher.progress.run_id, **pusher.progress.prompts}
+        chosen = {"all": list(run_ids), "parent": [None], "prompt": ["triage"]}[deleted]
+        for name in chosen:
+            client_of(store).delete_run(str(run_ids[name]))
+        if when == "training":
+            log_steps(log, 41, STEPS)
+            with pytest.raises(MlflowException, match="deleted"):
+                pusher.push(running=True)
+            pusher.push(running=True)
+        write_results(folder)
+        if when == "ending":
+            with pytest.raises(MlflowException, match="deleted"):
+                pusher.end()
+        pusher.end()
+        assert not pusher.unsent()
+    parent, prompts = runs(store)
+    changed = {name: run.info.run_id for name, run in {None: parent, **prompts}.items()}
+    assert {name for name in run_ids if changed[name] != run_ids[name]} == set(chosen)
+    assert {run.data.tags["mlflow.parentRunId"] for run in prompts.values()} == {changed[None]}
+    assert_complete(folder, store)
+    files = {file.path for file in client_of(store).list_artifacts(parent.info.run_id)}
+    assert {"run.yaml", "summary.json"} <= files
 
 
 def checked(folder: Path) -> SyncResult:

@@ -41,7 +41,7 @@ PAGE = (
     "#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
     "&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
 )
-IDENTITY = "promptshard.output_id"
+IDENTITY, PARENT = "promptshard.output_id", "mlflow.parentRunId"
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one batch
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -61,18 +61,21 @@ class MlflowStore:
         self.run_ids: dict[str | None, str] = {}  #: prompt -> run id; None: the parent
         self.last_steps: dict[str, dict[str, int]] = {}  #: run id -> metric -> step
         self.experiment_id = ""
-        self.is_new = False  #: the store had no run of this folder
+        self.is_new = False  #: ``attach`` has created runs: the store lacks all their data
 
     def attach(self, progress: StoreProgress, *, running: bool) -> None:
-        """Find this folder's runs or create them; if ``running``, mark them as running again."""
+        """Find this folder's runs or create them; if ``running``, mark them as running again.
+
+        Runs that were deleted in MLflow are created again.
+        """
         experiment = self._experiment(progress)
         self.experiment_id = progress.experiment_id = experiment.experiment_id
         runs = self._find_runs(experiment.experiment_id)
-        self.is_new = not runs
+        names = [str(prompt["name"]) for prompt in self.folder.prompts]
+        self.is_new = not runs.keys() >= {None, *names}
         parent = runs.get(None) or self._create_parent(experiment.experiment_id)
         self._adopt(None, parent, self.folder.params(), self.folder.datasets(), running)
-        for prompt in self.folder.prompts:
-            name = str(prompt["name"])
+        for name, prompt in zip(names, self.folder.prompts, strict=True):
             run = runs.get(name) or self.client.create_run(
                 experiment.experiment_id,
                 run_name=f"{self.folder.name} / {name}",
@@ -80,9 +83,11 @@ class MlflowStore:
                 tags={
                     **self.folder.prompt_tags(prompt),
                     IDENTITY: self.output_id,
-                    "mlflow.parentRunId": parent.info.run_id,
+                    PARENT: parent.info.run_id,
                 },
             )
+            if run.data.tags.get(PARENT) != parent.info.run_id:  # the parent was deleted
+                self.client.set_tag(run.info.run_id, PARENT, parent.info.run_id)
             datasets = self.folder.datasets(prompt.get("task"))
             self._adopt(name, run, self.folder.prompt_params(prompt), datasets, running)
         progress.run_id = parent.info.run_id
@@ -240,14 +245,18 @@ class MlflowStore:
     def _log_batch(
         self, run_id: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = ()
     ) -> None:
-        """Send a batch; if the store refuses the content, send its items one by one."""
+        """Send a batch; if the store refuses the content, send its items one by one.
+
+        Raises:
+            MlflowException: the run was deleted, or an outage.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
             self.client.log_batch(run_id, metrics=metrics, params=params)
             return
         except MlflowException as error:
-            if error.error_code not in REFUSED:
+            if error.error_code not in REFUSED or not self._is_active(run_id):
                 raise
             if len(metrics) + len(params) == 1:
                 logger.warning("%s: refused: %s", (*metrics, *params)[0].key, error)
@@ -256,6 +265,9 @@ class MlflowStore:
             self._log_batch(run_id, metrics=[metric])
         for param in params:
             self._log_batch(run_id, params=[param])
+
+    def _is_active(self, run_id: str) -> bool:
+        return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
 
     def upload(self, artifact: Artifact) -> None:
         """Upload a file to the run of its prompt."""

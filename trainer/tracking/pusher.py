@@ -73,20 +73,32 @@ class Pusher:
 
         After any error the next call connects again and queries the store.
         """
+        with self._reconnecting():
+            self._push(running)
+
+    def end(self) -> None:
+        """Send the rest and the run's final status; after errors as ``push``."""
+        with self._reconnecting():
+            self._end()
+
+    @contextlib.contextmanager
+    def _reconnecting(self) -> Iterator[None]:
         try:
-            store = self._connect(running)
-            if running and self.progress.status != "RUNNING":
-                self._save(status="RUNNING")
-            self._send_artifacts(store, self.folder.early_artifacts())
-            for name in SENT_FILES:
-                self._send_lines(store, name)
+            yield
         except BaseException:
             self._store = None
             raise
 
-    def end(self) -> None:
-        """Send the rest and the run's final status."""
-        self.push(running=False)
+    def _push(self, running: bool) -> None:
+        store = self._connect(running)
+        if running and self.progress.status != "RUNNING":
+            self._save(status="RUNNING")
+        self._send_artifacts(store, self.folder.early_artifacts())
+        for name in SENT_FILES:
+            self._send_lines(store, name)
+
+    def _end(self) -> None:
+        self._push(running=False)
         store = self._store
         assert store is not None
         assert self.read_results is not None
@@ -127,7 +139,7 @@ class Pusher:
         self.state.save()
         store = MlflowStore(self.folder, self.target, self.state.output_id)
         store.attach(self.progress, running=running)
-        if store.is_new:  # or it lost the runs that it had
+        if store.is_new:  # the store has lost runs, or never had them
             self.progress.artifacts = {}
             self.models.forget()
         if store.is_new or not self._has_connected:
