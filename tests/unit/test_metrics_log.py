@@ -24,6 +24,7 @@ from trainer.tracking.run_metadata import RunMetadata, shorten
 from trainer.tracking.store_uri import resolve
 
 SECRET = "hunter2-secret"
+LOGIN = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
 class Answer(Exception):
@@ -217,8 +218,7 @@ def test_credentials_go_only_to_the_server_that_the_environment_names(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if environment:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
-    secrets = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-    for name in secrets:
+    for name in LOGIN:
         monkeypatch.setenv(name, SECRET)
     for target, expected in (
         (resolve(tmp_path, saved=saved), trusted),
@@ -227,9 +227,31 @@ def test_credentials_go_only_to_the_server_that_the_environment_names(
         assert target.trusted is expected
         home = os.environ["HOME"]
         with target.applied():
-            assert (SECRET in map(os.environ.get, secrets)) is expected
+            assert (SECRET in map(os.environ.get, LOGIN)) is expected
             assert (os.environ["HOME"] == home) is expected  # ~/.mlflow/credentials, ~/.netrc
         assert os.environ["MLFLOW_TRACKING_TOKEN"] == SECRET
+
+
+def test_a_token_in_the_address_replaces_a_password_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.utils.credentials import get_default_host_creds
+
+    for name in LOGIN:
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with resolve(tmp_path, "http://host?token=of-the-uri").applied():
+        sent = get_default_host_creds("http://host")
+        assert (sent.username or "", sent.token) == ("", "of-the-uri")
+
+
+def test_calls_of_mlflow_report_their_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a background thread they would not, and points that were never stored count as sent."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    with resolve(tmp_path, "http://host").applied():
+        assert os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] == "false"
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ _LIMITS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+#: Calls that MLflow makes in a thread report no errors: lost points would count as sent.
+_FIXED = {"MLFLOW_ENABLE_ASYNC_LOGGING": "false"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class StoreAddress:
             for name in _CREDENTIALS:
                 environment.pop(name, None)
             environment["HOME"] = os.devnull  # .mlflow/credentials, .netrc, ...
-        environment.update({**_LIMITS, **environment, **self.credentials})
+        environment.update({**_LIMITS, **environment, **_FIXED, **self.credentials})
         environment["MLFLOW_TRACKING_URI"] = self.uri
 
     @contextlib.contextmanager
@@ -206,6 +208,8 @@ def _server(uri: str) -> StoreAddress:
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
         if key.lower() in _TOKEN_NAMES and value != HIDDEN:
             credentials["MLFLOW_TRACKING_TOKEN"] = value
+            # MLflow would prefer a password of the environment to the token.
+            credentials = {"MLFLOW_TRACKING_USERNAME": "", **credentials}
     bare = _bare(uri)
     return StoreAddress(uri=bare, name=bare, credentials=credentials, secrets=_secrets(uri))
 
