@@ -229,7 +229,7 @@ def _setup(job: Job) -> Iterator[str]:
     yield 'log() { printf \'%(%F %T)T job %s: %s\\n\' -1 "$SLURM_JOB_ID" "$*"; }'
     yield ""
     if job.modules:
-        yield "set +u  # profiles and modules, such as those that activate conda, read unset variables"
+        yield "set +u  # profiles and modules (such as those of conda) read unset variables"
         yield "if ! type module >/dev/null 2>&1; then source /etc/profile; fi"
         yield from (f"module load {module} || exit 1" for module in job.modules)
         yield "set -u"
