@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,8 @@ SBATCH_SECONDS = 120
 MAX_TASKS = 1000  # of a job array; slurm.conf's MaxArraySize is 1001 by default
 #: Environment variables of a Slurm job that runs ``submit``; the new job must not inherit them.
 FOREIGN = re.compile(r"(SLURM_(?!CONF$|CLUSTERS$)|PMI|PMIX_|RANK$|LOCAL_RANK$|WORLD_SIZE$)")
+#: Options of sbatch whose environment variable SBATCH_NAME has another name.
+VARIABLES = {"array": "ARRAY_INX", "mem": "MEM_PER_NODE", "time": "TIMELIMIT"}
 
 
 def check_slurm() -> None:
@@ -150,9 +152,9 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
     Raises:
         BadInput: sbatch refuses the job; the folder is removed.
     """
-    script = folder / "job.sbatch"
-    atomic_io.write(script, slurm.render(job))
-    done = _run(["sbatch", "--parsable", str(script)])
+    script, text = folder / "job.sbatch", slurm.render(job)
+    atomic_io.write(script, text)
+    done = _run(["sbatch", "--parsable", str(script)], without=_overriding(text))
     number = done.stdout.strip().split("\n")[-1].partition(";")[0]
     if done.returncode != 0 or not number.isdigit():
         shutil.rmtree(folder)
@@ -168,11 +170,19 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
     return number
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _overriding(script: str) -> set[str]:
+    """Return the environment variables that sbatch would prefer to the options in a script."""
+    options = re.findall(r"^#SBATCH --([a-z-]+)", script, flags=re.MULTILINE)
+    names = {VARIABLES.get(option, option.upper().replace("-", "_")) for option in options}
+    return {f"SBATCH_{name}" for name in names | {"REQUEUE", "NO_REQUEUE"}}
+
+
+def _run(command: Sequence[str], without: Container[str] = ()) -> subprocess.CompletedProcess[str]:
+    kept = (name for name in os.environ if not FOREIGN.match(name) and name not in without)
     try:
         return subprocess.run(
             command,
-            env={name: value for name, value in os.environ.items() if not FOREIGN.match(name)},
+            env={name: os.environ[name] for name in kept},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

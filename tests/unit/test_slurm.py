@@ -387,6 +387,20 @@ def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # n
     assert not {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"} & set(given)
 
 
+def test_variables_of_sbatch_do_not_override_options(run_file, fake_slurm, monkeypatch):  # noqa: F811
+    """sbatch prefers them to the script, but its own options to them."""
+    for name in ("PARTITION", "TIMELIMIT", "MEM_PER_NODE", "JOB_NAME", "NO_REQUEUE", "CONSTRAINT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "1")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    done = run_promptshard(
+        *("submit", run_file, "--nodes", "1", "--partition", "gpu", "--time", "60", "--mem", "0"),
+        "--sbatch=--constraint=h100",
+    )
+    assert done.returncode == 0, done.stderr
+    environment = (fake_slurm / "environment").read_text().splitlines()
+    assert [line for line in environment if line.startswith("SBATCH_")] == ["SBATCH_ACCOUNT=mine"]
+
+
 def test_scripts_contain_no_password(run_file, fake_slurm):  # noqa: F811
     """Slurm keeps a copy that others may read; the run file is for its owner's eyes."""
     address = "tracking.uri=http://me:hunter2-secret@localhost:5000"
