@@ -17,6 +17,7 @@ from benchmarks.unsharded_base import load_unsharded
 from tests.one_rank import OneRank
 from tests.soft_prompts import soft_prompts
 from tests.thread_ranks import on_thread_ranks
+from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
 from trainer.config import Base
 from trainer.evaluation.generation import generate
 from trainer.evaluation.stop_criteria import StopCriteria
@@ -24,7 +25,7 @@ from trainer.evaluation.token_sampling import Sampling
 from trainer.inference import stream_schedule
 from trainer.inference.requests import GenerationRequest
 from trainer.inference.stream import Busy, Limits, StreamingDecoder
-from trainer.inference.stream_text import Piece, TextPieces
+from trainer.inference.stream_text import WINDOW, Piece, TextPieces
 from trainer.model.attention.batch_cache import SPARE, BatchCache
 from trainer.model.checkpoint_files import open_base
 from trainer.prompts.soft_prompt import VirtualTokens
@@ -177,6 +178,62 @@ def test_incomplete_characters_and_stop_strings_are_delayed(text):
         assert final.startswith("".join(pieces)), "nothing is written that is not final"
     pieces.append(writer.next(ids, is_last=True))
     assert "".join(pieces) == stop.text(ids)
+
+
+class Recorded:
+    """A tokenizer that records how many tokens are decoded at once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.sizes = tokenizer, list[int]()
+        self.clean_up_tokenization_spaces = tokenizer.clean_up_tokenization_spaces
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> Any:
+        self.sizes.append(len(ids))
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+@pytest.mark.parametrize("kind", [*SENTENCE_PIECE, *BYTE_LEVEL])
+@pytest.mark.parametrize("cleans", [False, True])
+def test_pieces_of_long_texts_decode_only_the_last_tokens(kind: str, cleans: bool) -> None:
+    draw = random.Random(0)
+    words = [
+        "The",
+        " patient",
+        " rests ",
+        ".",
+        " , it",
+        " 's",
+        "\n",
+        "  ",
+        "naïve",
+        "脈",
+        "🫀🫁",
+        "é",
+    ]
+    text = "".join(draw.choices(words, k=600))
+    tokenizer = make_tokenizer(kind, [text[:300], "patient rests"], 400)
+    tokenizer.clean_up_tokenization_spaces = cleans
+    recorded = Recorded(tokenizer)
+    stop = StopCriteria(recorded, frozenset([2]), ("no such text",))  # type: ignore[arg-type]
+    ids = [*tokenizer(text, add_special_tokens=False).input_ids, 2]
+    assert len(ids) > 10 * WINDOW
+    writer = TextPieces(stop)
+    pieces = [writer.next(ids[:end]) for end in range(1, len(ids) + 1)]
+    pieces.append(writer.next(ids, is_last=True))
+    assert max(recorded.sizes) <= 3 * WINDOW
+    assert "".join(pieces) == stop.text(ids, skip_special_tokens=True)
+
+
+def test_text_after_an_invalid_byte_is_delivered() -> None:
+    """Decoding replaces all of a run of byte tokens by U+FFFD if one of them is invalid."""
+    tokenizer = make_tokenizer("prepend", ["rests"])
+    byte = tokenizer.convert_tokens_to_ids("<0x00>")
+    ids = [byte + value for value in [*"🫀".encode(), 0xF0]]
+    ids += tokenizer("the patient rests", add_special_tokens=False).input_ids
+    writer = TextPieces(StopCriteria(tokenizer, frozenset()))
+    text = "".join(writer.next(ids[:end]) for end in range(1, len(ids) + 1))
+    assert text.startswith("🫀")
+    assert (text + writer.next(ids, is_last=True)).endswith("the patient rests")
 
 
 def test_sampling_follows_the_seed_and_top_p(folder, prompts, tokenizer):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.evaluation.stop_criteria import StopCriteria
+from trainer.evaluation.stop_criteria import StopCriteria, before_stop
 from trainer.evaluation.token_sampling import ScoredToken
 
 #: ``stop``: an end token or a stop string; ``length``: the limit of tokens; ``cancelled``: by the
@@ -15,6 +15,8 @@ FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 #: What a decoder writes for the bytes of an incomplete character.
 INCOMPLETE = "\ufffd"
+#: Tokens at the end of a text that are decoded again with each new one: at least as many.
+WINDOW = 32
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Piece:
 
 
 class TextPieces:
-    """Text of one request, in pieces whose concatenation is exactly the final text.
+    """Text of one request, in pieces whose concatenation is the final text.
 
-    That is ``StopCriteria.text`` without special tokens.
+    That is ``StopCriteria.text`` without special tokens. Only the last tokens are decoded for each
+    piece, so that its cost does not depend on the length of the text.
 
     Incomplete characters, and ends of the text that can begin a stop string, are delayed until more
-    tokens follow.
+    tokens follow. Only a character of byte tokens of SentencePiece can change afterwards: an
+    invalid byte behind it makes all of them ``INCOMPLETE``. The piece with the character stays.
     """
 
     def __init__(self, stop: StopCriteria) -> None:
@@ -46,21 +50,39 @@ class TextPieces:
         # Tokenizers that remove spaces before punctuation can still remove the last space.
         self._cleans = bool(getattr(stop.tokenizer, "clean_up_tokenization_spaces", False))
         self._written = ""
+        #: Number of tokens that are not decoded again, and their text.
+        self._num_decoded, self._decoded = 0, ""
 
     def next(self, ids: Sequence[int], *, is_last: bool = False) -> str:
         """Return the text that is new since the last call.
 
         Args:
-            ids: all tokens so far.
+            ids: all tokens so far; only the last one can be an end token.
             is_last: no tokens follow, so nothing is delayed.
         """
-        text = self._stop.text(ids, skip_special_tokens=True)
+        has_end = bool(ids) and ids[-1] in self._stop.token_ids
+        text = before_stop(self._text(ids[:-1] if has_end else ids), self._stop.strings)
         if not is_last:
             text = text[: self._settled(text)]
-        if not text.startswith(self._written):
-            return ""
-        new, self._written = text[len(self._written) :], text
+        new = text[len(self._written) :]
+        if new:
+            self._written = text
         return new
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Decode all tokens, of which most have been decoded before."""
+        text = self._decode(ids[self._num_decoded :])
+        if len(ids) - self._num_decoded > 2 * WINDOW:
+            last = self._decode(ids[-WINDOW:])
+            # Not if the tokens before change them, as within a character.
+            if last and text.endswith(last):
+                self._num_decoded = len(ids) - WINDOW
+                self._decoded += text.removesuffix(last)
+                text = last
+        return self._decoded + text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._stop.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _settled(self, text: str) -> int:
         """Return the number of characters that further tokens cannot change."""
