@@ -145,7 +145,7 @@ def judge(status: Status, summary: RunSummary | None, lock: LockState | None) ->
     job, run_dir = status.job, Path(status.run_dir)
     ending = summary.status if summary else "unfinished"
     alive = lock is not None and lock.dead is None
-    if job is not None and job.active and job.state != "RUNNING":
+    if job is not None and job.active and job.state not in ("RUNNING", "COMPLETING"):
         why = f" ({job.reason})" if job.reason not in ("", "None") else ""
         status.state, status.description = "waiting", f"waiting in Slurm: {job.state.lower()}{why}"
     elif alive:
@@ -153,8 +153,11 @@ def judge(status: Status, summary: RunSummary | None, lock: LockState | None) ->
         if ending == "finished":
             phase = "; training is finished, sending results"
         status.state, status.description = "running", f"running: {_holder(lock)}{phase}"
-    elif job is not None and job.active and ending != "finished":
+    elif job is not None and job.state == "RUNNING" and ending != "finished":
         status.state, status.description = "running", f"running on {job.nodes}; starting"
+    elif job is not None and job.state == "COMPLETING" and ending == "unfinished":
+        # its processes have ended; it may be requeued
+        status.state, status.description = "running", f"running: Slurm job {job.id} is completing"
     elif launcher_runs(run_dir):
         phase = "ending its processes" if _wrote_since_start(run_dir) else "starting its processes"
         status.state, status.description = "running", f"running: {phase}"

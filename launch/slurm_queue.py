@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -65,9 +67,13 @@ def read_record(run_dir: Path) -> tuple[SubmissionRecord, Path]:
 
 
 def last_job(run_dir: Path) -> JobState | None:
-    """Return the job (or first array task) last submitted for a folder."""
+    """Return the job last submitted for a folder; for an array, the state of an active task."""
     record, _ = read_record(run_dir)
-    return query_job(record.job) if record.job else None
+    if not record.job:
+        return None
+    jobs = [*(query_jobs(record.job) or {}).values()]
+    job = next((job for job in jobs if job.active), jobs[-1] if jobs else state_of(record.job, {}))
+    return replace(job, id=record.job)
 
 
 def find_job(run_dir: Path, record: SubmissionRecord) -> tuple[str, str]:
@@ -95,35 +101,71 @@ def resolved(path: str | Path) -> str:
         return ""
 
 
-def query_job(number: str) -> JobState:
-    """Query squeue, then sacct, for a job."""
-    shown = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%T|%r|%N|%L")
-    if shown and shown[0].count("|") == 3:
-        return JobState(number, *(part.strip() for part in shown[0].split("|")))
-    shown = _slurm(
+def query_jobs(number: str) -> dict[str, JobState] | None:
+    """Query squeue, then sacct, for a job, an array task or all tasks of an array.
+
+    Returns:
+        States by ID; an array task's is ``JOB_TASK``, and ``JOB_*`` stands for all tasks that never
+        started. Without jobs that Slurm does not know. None if Slurm does not answer.
+    """
+    queued = _queued(f"--jobs={number}")
+    if queued and number in queued:
+        return queued
+    lines = _slurm(
         *("sacct", "--noheader", "--parsable2", "--allocations"),
-        *(f"--jobs={number}", "--format=State,ExitCode,NodeList"),
+        *(f"--jobs={number}", "--format=JobID,State,ExitCode,NodeList"),
     )
-    if shown and shown[-1].count("|") == 2:
-        state, code, nodes = shown[-1].split("|")
-        return JobState(number, state.split(" ")[0], f"exit code {code}", nodes)
-    return JobState(number, "UNKNOWN", "Slurm is not installed here, or does not know the job")
+    jobs = {}
+    for name, state, code, nodes in _fields(lines or [], 4):
+        name = re.sub(r"\[.*", "*", name)
+        jobs[name] = JobState(name, state.split(" ")[0], f"exit code {code}", nodes)
+    return None if queued is None and not jobs else jobs | (queued or {})
 
 
 def active_jobs() -> dict[str, JobState]:
     """Return all jobs in the queue by ID; an array task's is ``JOB_TASK``. One call of squeue."""
-    lines = _slurm("squeue", "--noheader", "--array", "--format=%i|%T|%r|%N|%L")
-    parts = [[part.strip() for part in line.split("|")] for line in lines if line.count("|") == 4]
-    return {number: JobState(number, *rest) for number, *rest in parts}
+    return _queued() or {}
 
 
-def _slurm(*command: str) -> list[str]:
+def state_of(number: str, jobs: Mapping[str, JobState]) -> JobState:
+    """Return the state of a job or array task, from those that Slurm knows."""
+    everything = re.sub(r"_.*", "_*", number)
+    unknown = "Slurm is not installed here, does not answer, or does not know the job"
+    return jobs.get(number) or jobs.get(everything) or JobState(number, "UNKNOWN", unknown)
+
+
+def _queued(*options: str) -> dict[str, JobState] | None:
+    """Return jobs of squeue by ID; None if it does not answer."""
+    lines = _slurm("squeue", "--noheader", "--array", *options, "--format=%i|%T|%r|%N|%L")
+    if lines is None:
+        return None
+    return {number: JobState(number, *rest) for number, *rest in _fields(lines, 5)}
+
+
+def _fields(lines: Iterable[str], count: int) -> Iterator[list[str]]:
+    """Yield the fields of a table's lines, without other lines, such as the name of a cluster."""
+    for line in lines:
+        if line.count("|") == count - 1:
+            yield [part.strip() for part in line.split("|")]
+
+
+def _slurm(*command: str) -> list[str] | None:
+    """Return the output of a command; None if Slurm does not answer."""
     if shutil.which(command[0]) is None:
         return []
+    # these variables would hide jobs
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SQUEUE_")}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SLURM_SECONDS, check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SLURM_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        return []
-    return [line for line in done.stdout.splitlines() if line] if done.returncode == 0 else []
+        return None
+    if done.returncode != 0:
+        return [] if "Invalid job id" in done.stderr else None
+    return done.stdout.splitlines()

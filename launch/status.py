@@ -14,7 +14,7 @@ from pathlib import Path
 from launch import preflight
 from launch.run_metrics import QUICK_TAIL_BYTES, TAIL_BYTES, RunMetrics
 from launch.run_state import PromptStatus, Status, holder_process, judge, launcher_runs
-from launch.slurm_queue import JobState, find_job, query_job, read_record, resolved
+from launch.slurm_queue import JobState, find_job, query_jobs, read_record, resolved, state_of
 from trainer.checkpointing.checkpoint_names import checkpoint_names
 from trainer.checkpointing.run_lock import LOCK, lock_state
 from trainer.config import RunConfig, check_path, load
@@ -34,7 +34,7 @@ class StatusReader:
         self.run_dir = run_dir
         self._jobs = jobs
         self._metrics: dict[Path, RunMetrics] = {}
-        self._asked: dict[str, tuple[float, JobState]] = {}
+        self._asked: dict[str, tuple[float, dict[str, JobState]]] = {}
 
     def read(self, *, quick: bool = False) -> Status:
         """Read the folder and query Slurm for the job last submitted for it.
@@ -58,30 +58,35 @@ class StatusReader:
         if len(record.tasks) > 1 and here not in map(resolved, record.tasks):
             description = f"job array {record.job}, {len(record.tasks)} tasks"
             status = Status(str(self.run_dir), "array", description)
+            jobs = self._query(record.job)
             for i, task in enumerate(record.tasks):
-                status.tasks.append(self._task(Path(task), f"{record.job}_{i}", quick))
+                state = state_of(f"{record.job}_{i}", jobs)
+                status.tasks.append(self._task(Path(task), state, quick))
             return status
         number, submitted_by = find_job(self.run_dir, record)
-        job = self._job(number) if number else None
+        job = state_of(number, self._query(number)) if number else None
         status = self._run(self.run_dir, job, folder / "run.yaml", quick)
         if status.resume:
             status.resume = submitted_by or status.resume
         return status
 
-    def _job(self, number: str) -> JobState:
+    def _query(self, number: str) -> dict[str, JobState]:
+        """Return the states of a job or of an array's tasks, or the last known if Slurm fails."""
         if self._jobs is not None:
-            return self._jobs.get(number, JobState(number, "UNKNOWN"))
-        asked, job = self._asked.get(number, (-math.inf, None))
-        if job is None or time.monotonic() - asked > SLURM_INTERVAL:
-            job = query_job(number)
-            self._asked[number] = (time.monotonic(), job)
-        return job
+            return self._jobs
+        asked, jobs = self._asked.get(number, (-math.inf, {}))
+        if time.monotonic() - asked > SLURM_INTERVAL:
+            answer = query_jobs(number)
+            if answer is not None:
+                jobs = answer
+                self._asked[number] = (time.monotonic(), jobs)
+        return jobs
 
-    def _task(self, run_dir: Path, number: str, quick: bool) -> Status:
+    def _task(self, run_dir: Path, job: JobState, quick: bool) -> Status:
         """Return the status of one array task; a damaged folder must not hide the other tasks."""
         try:
             check_path(str(run_dir))
-            return self._run(run_dir, self._job(number), None, quick)
+            return self._run(run_dir, job, None, quick)
         except (ValueError, OSError) as error:
             return Status(str(run_dir), "unknown", str(error))
 

@@ -472,7 +472,7 @@ def test_a_refused_submission_leaves_no_files(run_file, fake_slurm, monkeypatch)
 
 def test_a_second_job_for_the_same_folder_has_to_wait(run_file, fake_slurm):  # noqa: F811
     assert run_promptshard("submit", run_file, "--nodes", "1").returncode == 0
-    (fake_slurm / "squeue").write_text("#!/bin/sh\necho 'RUNNING|None|n1|1:00'\n")
+    (fake_slurm / "squeue").write_text("#!/bin/sh\necho '4711|RUNNING|None|n1|1:00'\n")
     (fake_slurm / "squeue").chmod(0o755)
     done = run_promptshard("submit", run_file, "--nodes", "1")
     assert done.returncode == 2

@@ -168,29 +168,102 @@ def test_status_of_a_run_that_ended(run_file, monkeypatch, summary, state, text)
     assert report.description.startswith(text)
 
 
+def stand_ins(folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str) -> None:
+    """Put programs first on PATH that print these lines, and append their names to ``calls``."""
+    for name, answer in (("squeue", squeue), ("sacct", sacct)):
+        script = f"echo {name} >> {folder}/calls\nprintf '%s\\n' '{answer}'\n"
+        (folder / name).write_text(f'#!/bin/sh\n[ -z "$SQUEUE_PARTITION" ] || exit 0\n{script}')
+        (folder / name).chmod(0o755)
+    if str(folder) not in os.environ["PATH"].split(os.pathsep):
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def submitted(run_file: Path, out: Path, *tasks: Path) -> Path:  # noqa: F811
+    """Write the record of job 12 for an output folder, before the run has saved its own files."""
+    folder = out / "logs" / "submitted" / "20260101-000000"
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(run_file.read_text())
+    record = {"job": "12", "tasks": [str(task) for task in tasks or (out,)]}
+    (folder / "job.json").write_text(json.dumps(record))
+    return out
+
+
 @pytest.mark.parametrize(
     ("squeue", "sacct", "state", "text"),
     [
-        ("RUNNING|None|n[1-2]|1:00:00", "", "running", "running on n[1-2]"),
-        ("PENDING|Priority||1:00:00", "", "waiting", "pending (Priority)"),
-        ("", "TIMEOUT|0:0|n1", "stopped", "job 12 ended: TIMEOUT (exit code 0:0)"),
-        ("", "CANCELLED by 0|0:15|n1", "stopped", "job 12 ended: CANCELLED"),
+        ("12|RUNNING|None|n[1-2]|1:00:00", "", "running", "running on n[1-2]"),
+        ("CLUSTER: a\n12|RUNNING|None|n1|1:00:00", "", "running", "running on n1"),
+        ("12|PENDING|Priority||1:00:00", "", "waiting", "pending (Priority)"),
+        ("12|COMPLETING|None|n1|1:00:00", "", "running", "Slurm job 12 is completing"),
+        ("", "12|TIMEOUT|0:0|n1", "stopped", "job 12 ended: TIMEOUT (exit code 0:0)"),
+        ("", "12|CANCELLED by 0|0:15|n1", "stopped", "job 12 ended: CANCELLED"),
         ("", "", "stopped", "stopped; rerun the command to start over"),
     ],
 )
 def test_status_asks_slurm(run_file, monkeypatch, tmp_path, squeue, sacct, state, text):  # noqa: F811
-    for name, answer in (("squeue", squeue), ("sacct", sacct)):
-        (tmp_path / name).write_text(f"#!/bin/sh\nprintf '%s\\n' '{answer}'\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    out = run_file.parent / "out"
-    folder = out / "logs" / "submitted" / "20260101-000000"
-    folder.mkdir(parents=True)
-    (folder / "run.yaml").write_text(run_file.read_text())  # before the run has saved its own
-    (folder / "job.json").write_text(json.dumps({"job": "12", "tasks": [str(out)]}))
+    stand_ins(tmp_path, monkeypatch, squeue, sacct)
+    out = submitted(run_file, run_file.parent / "out")
     report = status.read_status(out)
     assert (report.state, report.step, report.steps) == (state, 0, 5)
     assert text in report.description
+
+
+def test_a_finished_run_whose_job_is_completing(run_file, monkeypatch, tmp_path):  # noqa: F811
+    """Slurm may wait for a node for long after the run has ended."""
+    stand_ins(tmp_path, monkeypatch, "12|COMPLETING|None|n1|1:00:00", "")
+    out = submitted(run_file, run_file.parent / "out")
+    for name in ("finished", "failed"):
+        (out / "summary.json").write_text(json.dumps({"status": name, "error": "x"}))
+        assert status.read_status(out).state == name
+
+
+def test_the_last_known_state_of_a_job_counts_if_slurm_does_not_answer(
+    run_file,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+):
+    monkeypatch.setattr(status, "SLURM_INTERVAL", 0.0)
+    monkeypatch.setenv("SQUEUE_PARTITION", "of other jobs")
+    out = submitted(run_file, run_file.parent / "out")
+    reader = status.StatusReader(out)
+    silent = "#!/bin/sh\necho 'slurm_load_jobs error: Socket timed out' >&2\nexit 1\n"
+    stand_ins(tmp_path, monkeypatch, "12|PENDING|Priority||1:00:00", "")
+    assert reader.read().state == "waiting"
+    for name in ("squeue", "sacct"):
+        (tmp_path / name).write_text(silent)
+    assert reader.read().state == "waiting"
+    assert status.read_status(out).state == "stopped"  # nothing is known
+    stand_ins(tmp_path, monkeypatch, "", "12|PENDING|None|")
+    (tmp_path / "squeue").write_text(silent)
+    assert status.read_status(out).state == "waiting"
+    unknown = silent.replace("Socket timed out", "Invalid job id specified")
+    stand_ins(tmp_path, monkeypatch, "", "")
+    (tmp_path / "squeue").write_text(unknown)
+    assert reader.read().state == "stopped"
+
+
+def test_one_query_returns_the_states_of_all_tasks_of_an_array(
+    run_file,  # noqa: F811
+    monkeypatch,
+    tmp_path,
+):
+    out = run_file.parent / "out"
+    tasks = [out / str(i) for i in range(5)]
+    out.mkdir()
+    for task in tasks:
+        write_run(task, run_file.read_text(), 3)
+    submitted(run_file, out, *tasks)
+    ended = "12_0|TIMEOUT|0:0|n1\n12_1|RUNNING|0:0|n1\n12_[3-4]|CANCELLED by 7|0:0|"
+    stand_ins(
+        tmp_path, monkeypatch, "12_1|RUNNING|None|n1|1:00\n12_2|PENDING|Priority||1:00", ended
+    )
+    report = status.read_status(out)
+    states = [task.job.state for task in report.tasks if task.job]
+    assert states == ["TIMEOUT", "RUNNING", "PENDING", "CANCELLED", "CANCELLED"]
+    assert (tmp_path / "calls").read_text().split() == ["squeue", "sacct"]
+    last = slurm_queue.last_job(out)
+    assert last is not None
+    assert (last.id, last.state) == ("12", "RUNNING")
 
 
 def test_status_of_a_folder_without_a_run(tmp_path):
