@@ -145,7 +145,12 @@ def judge(status: Status, summary: RunSummary | None, lock: LockState | None) ->
     job, run_dir = status.job, Path(status.run_dir)
     ending = summary.status if summary else "unfinished"
     alive = lock is not None and lock.dead is None
-    if job is not None and job.active and job.state not in ("RUNNING", "COMPLETING"):
+    if (
+        job is not None
+        and job.active
+        and job.state not in ("RUNNING", "COMPLETING")
+        and not (alive and job.reason == "Dependency")  # on the job that holds the lock
+    ):
         why = f" ({job.reason})" if job.reason not in ("", "None") else ""
         status.state, status.description = "waiting", f"waiting in Slurm: {job.state.lower()}{why}"
     elif alive:

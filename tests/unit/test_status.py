@@ -217,6 +217,19 @@ def test_a_finished_run_whose_job_is_completing(run_file, monkeypatch, tmp_path)
         assert status.read_status(out).state == name
 
 
+def test_a_run_whose_next_job_waits_for_it(run_file, monkeypatch, tmp_path):  # noqa: F811
+    out = submitted(run_file, run_file.parent / "out")
+    write_run(out, run_file.read_text(), 3)
+    stand_ins(tmp_path, monkeypatch, "12|PENDING|Dependency||1:00:00", "")
+    assert status.read_status(out).state == "waiting"
+    leave_lock(out, host="elsewhere", job="11")
+    report = status.read_status(out)
+    assert "of Slurm job 11" in report.description
+    assert (report.state, report.eta_seconds) == ("running", pytest.approx(4.0))
+    stand_ins(tmp_path, monkeypatch, "12|PENDING|BeginTime||1:00:00", "")  # requeued
+    assert status.read_status(out).state == "waiting"
+
+
 def test_the_last_known_state_of_a_job_counts_if_slurm_does_not_answer(
     run_file,  # noqa: F811
     monkeypatch,
