@@ -314,7 +314,7 @@ job=$SLURM_JOB_ID
 if [ "$code" -ne {EXIT_RESUMABLE} ]; then
     log "ended with exit code $code"
 elif [ -n "$cancelled" ]; then
-    log "stopped and saved; submit it again to resume"
+    log "stopped and saved; submit it again to resume, unless Slurm requeues it"
 elif [ "$restarts" -ge {job.max_requeues} ]; then
     log "stopped and saved, requeued {job.max_requeues} times already; submit it again to resume"
 else

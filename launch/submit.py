@@ -48,7 +48,9 @@ OLDEST = (22, 5)
 SBATCH_SECONDS = 120
 MAX_TASKS = 1000  # of a job array; slurm.conf's MaxArraySize is 1001 by default
 #: Environment variables of a Slurm job that runs ``submit``; the new job must not inherit them.
-FOREIGN = re.compile(r"(SLURM_(?!CONF$|CLUSTERS$)|PMI|PMIX_|RANK$|LOCAL_RANK$|WORLD_SIZE$)")
+FOREIGN = re.compile(
+    r"(SLURM_(?!CONF$|CONF_SERVER$|CLUSTERS$)|PMI|PMIX_|RANK$|LOCAL_RANK$|WORLD_SIZE$)"
+)
 #: Options of sbatch whose environment variable SBATCH_NAME has another name.
 VARIABLES = {"array": "ARRAY_INX", "mem": "MEM_PER_NODE", "time": "TIMELIMIT"}
 

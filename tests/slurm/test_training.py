@@ -197,7 +197,7 @@ def test_it_is_one_run_of_mlflow_with_one_run_per_prompt(run: Run) -> None:
 @pytest.mark.fault("SIGUSR1 to the batch shell before the time limit")
 def test_every_session_reports_what_it_did(run: Run) -> None:
     text = read(run.log)
-    for words in ("resuming from step", "stopped and saved; submit it again to resume"):
+    for words in ("resuming from step", "stopped and saved; submit it again to resume, unless"):
         assert words in text
     assert "not the one frozen" not in text
     assert "ended with exit code 0" in read(run.output / "logs" / f"slurm-{run.job}.out")

@@ -309,9 +309,13 @@ def test_it_requeues_itself_when_the_ranks_have_saved(tmp_path, code, environ, r
 
 
 @pytest.mark.parametrize(
-    ("number", "requeued"), [(signal.SIGUSR1, ["20007"]), (signal.SIGTERM, [])]
+    ("number", "requeued", "ending"),
+    [
+        (signal.SIGUSR1, ["20007"], "requeued as restart 1 of at most 20"),
+        (signal.SIGTERM, [], "submit it again to resume, unless Slurm requeues it"),
+    ],
 )
-def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
+def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued, ending):
     batch = Batch(tmp_path)
     process = batch.start("wait")
     deadline = time.monotonic() + 20
@@ -322,6 +326,7 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued):
     text, _ = process.communicate(timeout=30)
     assert (process.returncode, batch.requeued) == (75, requeued), text
     assert text.count("signalling the ranks to save and stop") == 1
+    assert ending in text
 
 
 def test_every_session_of_a_job_receives_the_flags_fresh_and_verbose(tmp_path):
@@ -364,7 +369,9 @@ def fake_slurm(tmp_path, monkeypatch):
 def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # noqa: F811
     monkeypatch.setenv("SLURM_JOB_ID", "1")  # called from within another job
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CONF_SERVER": "host"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
     done = run_promptshard(
         "submit", run_file, "training.steps=9", "--nodes", "2", "--partition", "gpu"
     )
@@ -383,7 +390,7 @@ def test_submit_freezes_what_it_submits(run_file, fake_slurm, monkeypatch):  # n
         assert (folder / "code" / name).read_bytes() == (ROOT / name).read_bytes()
     assert git_revision(folder / "code") == git_revision(ROOT)
     given = dict(line.split("=", 1) for line in environment_lines(fake_slurm))
-    assert given["SLURM_CONF"] == "/etc/slurm.conf"
+    assert kept.items() <= given.items()
     assert not {"SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"} & set(given)
 
 
