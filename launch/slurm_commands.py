@@ -36,7 +36,8 @@ def submit(
     qos: Annotated[str | None, option("Q")] = None,
     mem: Annotated[str | None, option("M", "Memory per node: 64G; 0: all.")] = None,
     cpus_per_task: Annotated[
-        int | None, option("N", "CPU cores per node, for all its ranks.")
+        int | None,
+        option("N", "CPU cores per node, for all its ranks. [default: Slurm's, often 1]"),
     ] = None,
     job_name: Annotated[str | None, option("NAME", "[default: the output folder's name]")] = None,
     dependency: Annotated[str | None, option("D", "Wait for another job: afterok:JOB_ID.")] = None,
