@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import runpy
@@ -27,6 +28,7 @@ from trainer.evaluation.scoring import Request
 from trainer.inference.input_rows import read_rows
 from trainer.inference.loaded_base import InferenceBase
 from trainer.inference.predictions import encode_rows
+from trainer.inference.requests import text_request
 
 TEXTS = [row["text"] for row in ROWS]
 UNLABELED = [{"text": text} for text in TEXTS]
@@ -222,6 +224,11 @@ def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) 
         base.generate("A cough.")
     with pytest.raises(BadInput, match="leaves no room"):
         base.generate("A cough.", "short", max_new_tokens=100_000)
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.add_tokens("<later>")
+    files = replace(base.files, tokenizer=tokenizer)
+    with pytest.raises(BadInput, match="--input: contains '<later>'.* has no embedding"):
+        text_request(files, run.prompts["short"].task, "A <later> cough.", None, "front", 4, None)
     with pytest.raises(BadInput, match="rows: row 2: label: 'none' is not one of"):
         base.score([ROWS[0], {"text": "x", "label": "none"}], "short")
     with pytest.raises(BadInput, match="no column 'text'"):

@@ -56,7 +56,7 @@ class World:
     def service(self, limits: Limits) -> Service:
         prompts = [model.prompt for model in self.models.values() if model.prompt is not None]
         decoder = StreamingDecoder(OneRank(), self.base, prompts, limits)
-        return Service(decoder, self.files, self.models, self.base.vocab_size, max_tokens=64)
+        return Service(decoder, self.files, self.models, max_tokens=64)
 
     def generated(self, request: GenerationRequest) -> str:
         """What ``generate`` writes."""

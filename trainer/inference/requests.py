@@ -61,7 +61,8 @@ def text_request(
         max_new_tokens: None: the task's.
 
     Raises:
-        BadInput: the text has no tokens or leaves no room for an answer, or as ``encode_request``.
+        BadInput: the text has no tokens, a token without an embedding, or leaves no room for an
+            answer, or as ``encode_request``.
     """
     ids, at = encode_request(files.tokenizer, task, text, position=position, date=date)
     return _checked(files, task, ids, at, prompt, max_new_tokens)
@@ -118,6 +119,11 @@ def _checked(
         raise (TooLong if ids else BadInput)(
             f"--input: has {len(ids)} tokens, but must have 1 to {room}, because {limit} new "
             "ones follow; shorten it or lower --max-new-tokens"
+        )
+    if (largest := max(ids)) >= files.config.vocab_size:
+        raise BadInput(
+            f"--input: contains {files.tokenizer.decode([largest])!r}, a token for which the base "
+            "has no embedding; leave it out"
         )
     stop = StopCriteria.of(files.generation, files.tokenizer, task)
     return GenerationRequest(tuple(ids), prompt_at, prompt, stop, limit)

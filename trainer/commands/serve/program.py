@@ -63,10 +63,7 @@ def serve(
         decoder.run()
         base.close()
         return
-    service = Service(
-        *(decoder, base.files, models, base.loaded.model.vocab_size, base.date),
-        options.max_tokens,
-    )
+    service = Service(decoder, base.files, models, base.date, options.max_tokens)
     server = HttpServer(service, options, token, console.detail)
     console.print(_announcement(models, options, listening))
     with decoder.running():

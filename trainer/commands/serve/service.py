@@ -56,7 +56,6 @@ class Service:
 
     Attributes:
         models: by name.
-        vocab_size: number of embeddings of the base.
         date: the date that chat templates read; None: today.
         max_tokens: largest ``max_tokens``; None: as many as the context allows.
     """
@@ -64,7 +63,6 @@ class Service:
     decoder: StreamingDecoder
     files: BaseFiles
     models: Mapping[str, ServedModel]
-    vocab_size: int
     date: datetime.date | None = None
     max_tokens: int | None = None
 
@@ -91,7 +89,7 @@ class Service:
                 request = text_request(*with_text, limit, self.date)
             except BadInput as error:
                 raise _as_api_error(error, "prompt") from None
-            requests.append(self._checked(request, body, "prompt"))
+            requests.append(self._limited(request, body))
         return requests
 
     def chat(self, body: ChatBody) -> GenerationRequest:
@@ -115,7 +113,7 @@ class Service:
             request = dialogue_request(*dialogue, limit, self.date)
         except BadInput as error:
             raise _as_api_error(error, "messages") from None
-        return self._checked(request, body, "messages")
+        return self._limited(request, body)
 
     def _limit(self, body: Body) -> int | None:
         if self.max_tokens is not None and (body.max_tokens or 0) > self.max_tokens:
@@ -126,9 +124,8 @@ class Service:
             )
         return body.max_tokens
 
-    def _checked(self, request: GenerationRequest, body: Body, param: str) -> GenerationRequest:
-        if max(request.input_ids) >= self.vocab_size:
-            raise invalid(f"{param}: contains a token for which the base has no embedding", param)
+    def _limited(self, request: GenerationRequest, body: Body) -> GenerationRequest:
+        """Return the request with the limit of the server and the stop strings of the body."""
         limit = request.max_new_tokens
         if self.max_tokens is not None:
             limit = min(limit, self.max_tokens)
