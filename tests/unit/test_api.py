@@ -227,7 +227,7 @@ def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) 
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.add_tokens("<later>")
     files = replace(base.files, tokenizer=tokenizer)
-    with pytest.raises(BadInput, match="--input: contains '<later>'.* has no embedding"):
+    with pytest.raises(BadInput, match=r"--input: contains '<later>'.* has no embedding"):
         text_request(files, run.prompts["short"].task, "A <later> cough.", None, "front", 4, None)
     with pytest.raises(BadInput, match="rows: row 2: label: 'none' is not one of"):
         base.score([ROWS[0], {"text": "x", "label": "none"}], "short")

@@ -26,16 +26,21 @@ from benchmarks.unsharded_base import load_unsharded
 from tests.command_line import promptshard
 from tests.one_rank import OneRank
 from tests.soft_prompts import soft_prompts
+from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokenizer
 from tests.unit.saved_run import save_run
 from trainer.commands.serve import access
+from trainer.commands.serve.answers import Answers, ChatAnswers, CompletionAnswers
 from trainer.commands.serve.metrics import Metrics
 from trainer.commands.serve.options import Options, parse
 from trainer.commands.serve.program import HttpServer
 from trainer.commands.serve.service import ServedModel, Service
+from trainer.commands.serve.token_texts import TokenTexts
 from trainer.config import Base, Task
 from trainer.evaluation.generation import generate
+from trainer.evaluation.token_sampling import ScoredToken
 from trainer.inference.requests import GenerationRequest, dialogue_request, text_request
 from trainer.inference.stream import Limits, StreamingDecoder
+from trainer.inference.stream_text import Piece
 from trainer.model.checkpoint_files import BaseFiles, open_base
 from trainer.model.prompted_model import PromptedBase
 from trainer.runtime.errors import BadInput
@@ -266,6 +271,37 @@ def test_sampling_stop_strings_and_log_probabilities(world: World, server: Runni
     for token in chat.choices[0].logprobs.content or []:
         assert token.logprob == pytest.approx(token.top_logprobs[0].logprob), "greedy"
         assert bytes(token.bytes or []).decode() == token.token
+
+
+@pytest.mark.parametrize("kind", [*SENTENCE_PIECE, *BYTE_LEVEL])
+def test_log_probabilities_name_tokens_by_their_text_and_bytes(kind: str) -> None:
+    """Spaces are kept, and characters of several tokens can be joined from their bytes."""
+    tokenizer = make_tokenizer(kind, ["Yes it rests. Yes"], 400)
+    ids = tokenizer("it Yes it", add_special_tokens=False).input_ids
+    ids += tokenizer("é🫀 rests", add_special_tokens=False).input_ids
+    tokens = [ScoredToken(i, -0.5, ((i, -0.5),)) for i in ids]
+    text = tokenizer.decode(ids)
+
+    def written(kind_of_answer: type[Answers], *parts: Sequence[ScoredToken]) -> list[Any]:
+        answers = kind_of_answer("m", TokenTexts(tokenizer), frozenset(), 1, 1, scored=True)
+        pieces = [Piece("", tuple(part)) for part in parts]
+        chunks = [answers.chunk(0, piece) for piece in pieces]
+        return [chunk["choices"][0]["logprobs"] for chunk in chunks]
+
+    (scores,) = written(CompletionAnswers, tokens)
+    words, offsets = scores["tokens"], scores["text_offset"]
+    assert "".join(words[:3]) in ("it Yes it", " it Yes it")
+    for word, offset in list(zip(words, offsets, strict=True))[1:]:
+        assert word.startswith("bytes:\\x") or text[offset:].startswith(word)
+    assert any(word.startswith("bytes:\\x") for word in words)
+    parts = written(CompletionAnswers, tokens[:2], tokens[2:7], tokens[7:])
+    assert [offset for part in parts for offset in part["text_offset"]] == offsets
+    (chat,) = written(ChatAnswers, tokens)
+    data = b"".join(bytes(token["bytes"]) for token in chat["content"])
+    assert data.decode().removeprefix(" ") == text
+    vocabulary = [i for token, i in tokenizer.get_vocab().items() if not token.startswith("<0x")]
+    (names,) = written(CompletionAnswers, [ScoredToken(i, -0.5) for i in vocabulary])
+    assert len(set(names["tokens"])) == len(vocabulary), "top_logprobs are by name"
 
 
 def test_200_requests_at_the_same_time_leave_nothing(world: World, server: Running) -> None:

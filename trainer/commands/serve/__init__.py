@@ -6,6 +6,7 @@
 3. ``access``: HTTP request -> allowed or refused: token, host, size of the body
 4. ``app``: routes; ``bodies``: JSON -> ``CompletionBody`` or ``ChatBody``
 5. ``service``: body -> ``GenerationRequest`` of a model; ``submission``: requests -> ``Piece``s
-6. ``answers``: ``Piece``s -> JSON objects and events; ``errors``: ``ApiError`` -> JSON
+6. ``answers``: ``Piece``s -> JSON objects and events; ``token_texts``: token id -> text and bytes;
+   ``errors``: ``ApiError`` -> JSON
 7. ``metrics``: counters -> Prometheus text format
 """

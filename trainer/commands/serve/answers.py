@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
 import uuid
@@ -9,10 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from transformers import PreTrainedTokenizerBase
-
+from trainer.commands.serve.token_texts import TokenTexts
 from trainer.evaluation.token_sampling import ScoredToken
-from trainer.inference.stream_text import Piece
+from trainer.inference.stream_text import INCOMPLETE, Piece
 
 #: In place of minus infinity, which JSON does not have.
 LOWEST_LOGPROB = -9999.0
@@ -33,14 +33,14 @@ class Answers(ABC):
     def __init__(
         self,
         model: str,
-        tokenizer: PreTrainedTokenizerBase,
+        token_texts: TokenTexts,
         end_ids: frozenset[int],
         num_input_tokens: int,
         choices: int,
         *,
         scored: bool,
     ) -> None:
-        self._tokenizer, self._end_ids, self._scored = tokenizer, end_ids, scored
+        self._token_texts, self._end_ids, self._scored = token_texts, end_ids, scored
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -50,6 +50,7 @@ class Answers(ABC):
         self._texts = [""] * choices
         self._tokens: list[list[ScoredToken]] = [[] for _ in range(choices)]
         self._finish: list[str | None] = [None] * choices
+        self._lengths = [_Length(token_texts.drops_first_space) for _ in range(choices)]
 
     def add(self, number: int, piece: Piece) -> None:
         """Add a piece of a choice."""
@@ -61,7 +62,7 @@ class Answers(ABC):
         """Return the complete answer."""
         choices = []
         for i, (text, tokens) in enumerate(zip(self._texts, self._tokens, strict=True)):
-            logprobs = self._logprobs(tokens, 0) if self._scored else None
+            logprobs = self._logprobs(i, tokens) if self._scored else None
             written = self.choice(text)
             ends = {"logprobs": logprobs, "finish_reason": self._finish[i]}
             choices.append({"index": i, **written, **ends})
@@ -69,9 +70,9 @@ class Answers(ABC):
 
     def chunk(self, number: int, piece: Piece) -> dict[str, Any]:
         """Return the event of a piece, which is added to the choice."""
-        offset, is_first = len(self._texts[number]), not self._tokens[number]
+        is_first = not self._tokens[number]
         self.add(number, piece)
-        logprobs = self._logprobs(piece.tokens, offset) if self._scored else None
+        logprobs = self._logprobs(number, piece.tokens) if self._scored else None
         written = self.partial_choice(piece.text, is_first=is_first)
         choice = {"index": number, **written, "logprobs": logprobs, "finish_reason": piece.finish}
         return {**self._head, "object": self.chunk_kind, "choices": [choice]}
@@ -97,15 +98,14 @@ class Answers(ABC):
         """Return the fields of a piece of a choice."""
 
     @abstractmethod
-    def scores(self, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
-        """Return the log-probabilities of tokens; the text of the first begins at ``offset``."""
+    def scores(self, tokens: Sequence[ScoredToken], offsets: Sequence[int]) -> dict[str, Any]:
+        """Return the log-probabilities of tokens; their texts begin at ``offsets``."""
 
-    def _logprobs(self, tokens: Iterable[ScoredToken], offset: int) -> dict[str, Any]:
-        return self.scores([t for t in tokens if t.token_id not in self._end_ids], offset)
-
-    def word(self, token_id: int) -> str:
-        """Return the text of one token."""
-        return str(self._tokenizer.decode([token_id]))
+    def _logprobs(self, number: int, tokens: Iterable[ScoredToken]) -> dict[str, Any]:
+        """Return the log-probabilities of the next tokens of a choice."""
+        listed = [token for token in tokens if token.token_id not in self._end_ids]
+        data = [self._token_texts.data(token.token_id) for token in listed]
+        return self.scores(listed, [self._lengths[number].add(part) for part in data])
 
 
 class CompletionAnswers(Answers):
@@ -120,18 +120,23 @@ class CompletionAnswers(Answers):
     def partial_choice(self, text: str, *, is_first: bool) -> dict[str, Any]:
         return {"text": text}
 
-    def scores(self, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
-        words = [self.word(token.token_id) for token in tokens]
-        offsets = [offset + len("".join(words[:i])) for i in range(len(words))]
+    def scores(self, tokens: Sequence[ScoredToken], offsets: Sequence[int]) -> dict[str, Any]:
         return {
-            "tokens": words,
+            "tokens": [self._word(token.token_id) for token in tokens],
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                {self.word(token_id): _finite(value) for token_id, value in token.top}
+                {self._word(token_id): _finite(value) for token_id, value in token.top}
                 for token in tokens
             ],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
+
+    def _word(self, token_id: int) -> str:
+        """Return the text of a token, or the bytes of an incomplete character as OpenAI does."""
+        text = self._token_texts.text(token_id)
+        if INCOMPLETE not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._token_texts.data(token_id))
 
 
 class ChatAnswers(Answers):
@@ -147,11 +152,11 @@ class ChatAnswers(Answers):
         role = {"role": "assistant"} if is_first else {}
         return {"delta": {**role, "content": text}}
 
-    def scores(self, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
+    def scores(self, tokens: Sequence[ScoredToken], offsets: Sequence[int]) -> dict[str, Any]:
         def entry(token_id: int, value: float | None) -> dict[str, Any]:
-            word = self.word(token_id)
-            number = _finite(value)
-            return {"token": word, "logprob": number, "bytes": list(word.encode())}
+            data = list(self._token_texts.data(token_id))
+            text = self._token_texts.text(token_id)
+            return {"token": text, "logprob": _finite(value), "bytes": data}
 
         content = [
             entry(token.token_id, token.logprob)
@@ -159,6 +164,22 @@ class ChatAnswers(Answers):
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+
+class _Length:
+    """Number of characters of a text that grows by bytes in UTF-8."""
+
+    def __init__(self, drops_first_space: bool) -> None:
+        self._length, self._drops_space = 0, drops_first_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, data: bytes) -> int:
+        """Add bytes, and return the number of complete characters before them."""
+        before = self._length
+        text = self._decoder.decode(data)
+        self._length += len(text.removeprefix(" ") if self._drops_space else text)
+        self._drops_space = False
+        return before
 
 
 def _finite(value: float | None) -> float:

@@ -87,7 +87,7 @@ async def _answer(
     )
     answers = kind(
         body.model,
-        service.files.tokenizer,
+        service.token_texts,
         requests[0].stop.token_ids,
         sum(len(request.input_ids) for request in requests),
         len(wanted),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from trainer.commands.serve.bodies import Body, ChatBody, CompletionBody
 from trainer.commands.serve.errors import ApiError, invalid
+from trainer.commands.serve.token_texts import TokenTexts
 from trainer.config import Task, split_template
 from trainer.inference.requests import GenerationRequest, dialogue_request, text_request
 from trainer.inference.stream import StreamingDecoder
@@ -65,6 +67,10 @@ class Service:
     models: Mapping[str, ServedModel]
     date: datetime.date | None = None
     max_tokens: int | None = None
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.files.tokenizer)
 
     def model(self, name: str) -> ServedModel:
         """Return the model with a name; raises ``ApiError``."""
