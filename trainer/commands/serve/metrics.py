@@ -21,7 +21,7 @@ class Metrics:
         open_requests: HTTP requests that are being answered.
         input_tokens: tokens of inputs, without virtual tokens.
         seconds: sum of the durations of answers, and their number, by model.
-        first_token_seconds: the same until the first token.
+        first_token_seconds: the same until the first token, of answers that are streamed.
     """
 
     def __init__(self) -> None:
@@ -31,14 +31,15 @@ class Metrics:
         self.seconds: dict[str, tuple[float, int]] = {}
         self.first_token_seconds: dict[str, tuple[float, int]] = {}
 
-    def note_answer(self, model: str, seconds: float, until_first_token: float) -> None:
-        """Count an answer that has ended."""
+    def note_answer(self, model: str, seconds: float, until_first_token: float | None) -> None:
+        """Count an answer that has ended; None: it was not streamed."""
         for sums, value in (
             (self.seconds, seconds),
             (self.first_token_seconds, until_first_token),
         ):
-            total, count = sums.get(model, (0.0, 0))
-            sums[model] = total + value, count + 1
+            if value is not None:
+                total, count = sums.get(model, (0.0, 0))
+                sums[model] = total + value, count + 1
 
     def text(
         self, gauges: Mapping[str, tuple[str, float]], counters: Mapping[str, tuple[str, float]]
@@ -73,7 +74,11 @@ class Metrics:
             write(name, "gauge", text, {"": value})
         for name, text, sums in (
             ("answer_seconds", "Duration of answers.", self.seconds),
-            ("first_token_seconds", "Time to the first token.", self.first_token_seconds),
+            (
+                "first_token_seconds",
+                "Time to the first token of streamed answers.",
+                self.first_token_seconds,
+            ),
         ):
             lines.append(f"# HELP {PREFIX}{name} {text}")
             lines.append(f"# TYPE {PREFIX}{name} summary")

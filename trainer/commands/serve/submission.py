@@ -48,6 +48,7 @@ class Submission:
     ) -> None:
         self._decoder, self._metrics, self._model = decoder, metrics, model
         self._started = time.monotonic()
+        self._at_end = at_end
         self._first_token: float | None = None
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -85,7 +86,7 @@ class Submission:
                     self._metrics.choices[self._model, piece.finish] += 1
                 yield i, piece
             ended = time.monotonic()
-            first = (self._first_token or ended) - self._started
+            first = None if self._at_end else (self._first_token or ended) - self._started
             self._metrics.note_answer(self._model, ended - self._started, first)
         finally:
             self._watcher.cancel()
