@@ -362,6 +362,11 @@ def test_metrics_are_in_the_format_of_prometheus(server: Running) -> None:
     assert grown("http_requests_total", 'path="/v1/completions",status="200"') == 1
     assert grown("answer_seconds_count", 'model="answer"') == 1
     assert 1 <= grown("generated_tokens_total", "") <= 3
+    first = "first_token_seconds_count", 'model="answer"'
+    assert ("promptshard_serve_" + first[0], first[1]) not in after or grown(*first) == 0
+    list(client.completions.create(model="answer", prompt="Hello", max_tokens=3, stream=True))
+    after = parse_metrics(server.send("/metrics")[1])
+    assert grown(*first) == 1, "only of answers that are streamed"
     metrics = Metrics()
     metrics.note_answer('a "b"\\c\nd', 1.5, 0.5)
     labels = r'model="a \"b\"\\c\nd"'
@@ -491,6 +496,8 @@ def test_full_servers_refuse_and_stopping_ends_answers(world: World) -> None:
         with pytest.raises(openai.RateLimitError, match="--max-waiting") as refused:
             client.completions.create(**endless)
         assert refused.value.response.headers["retry-after"] == "5"
+        with pytest.raises(openai.BadRequestError, match="more than 2; lower n"):
+            client.completions.create(**endless | {"n": 3})
         second.close()
         while full.metric("waiting"):
             time.sleep(0.02)

@@ -75,10 +75,12 @@ async def _answer(
 ) -> Response:
     """Decode ``n`` choices per request and answer with them."""
     count = body.n or 1
-    if len(requests) * count > MAX_CHOICES:
+    limits = service.decoder.limits
+    most = min(MAX_CHOICES, limits.rows + limits.waiting)  # more would never find room
+    if len(requests) * count > most:
         raise invalid(
-            f"n: {count} choices of {len(requests)} prompts are more than {MAX_CHOICES}; lower n "
-            "or send fewer prompts",
+            f"n: {count} choices of {len(requests)} prompts are more than {most}; lower n or send "
+            "fewer prompts",
             "n",
         )
     wanted = [(request, body.sampling(i)) for request in requests for i in range(count)]
