@@ -262,6 +262,8 @@ class ChatSession:
                         answers[reply.number] += text
                     if reply.error is not None or reply.finish is not None:
                         running.discard(reply.number)
+                    if reply.finish == "failed":
+                        self._failed = True
                     if reply.finish == "cancelled":
                         problems.append("stopped")
                     if reply.finish == "length":

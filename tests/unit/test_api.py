@@ -6,8 +6,10 @@ import copy
 import json
 import os
 import runpy
+import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.unit.saved_run import LABELS, ROWS, TINY, save_run
 from trainer.api import BadInput, Run, load_base, load_run
-from trainer.commands.chat.messages import Question
-from trainer.commands.chat.program import make_request
+from trainer.commands.chat.messages import Channel, Question
+from trainer.commands.chat.program import Answers, make_request
 from trainer.data.dataset import RowDataset
 from trainer.evaluation.prediction_records import scored_columns
 from trainer.evaluation.scoring import Request
@@ -29,6 +31,8 @@ from trainer.inference.input_rows import read_rows
 from trainer.inference.loaded_base import InferenceBase
 from trainer.inference.predictions import encode_rows
 from trainer.inference.requests import text_request
+from trainer.inference.stream import StreamingDecoder
+from trainer.inference.stream_batch import DecodingBatch
 
 TEXTS = [row["text"] for row in ROWS]
 UNLABELED = [{"text": text} for text in TEXTS]
@@ -213,6 +217,28 @@ def test_the_oldest_turns_of_a_dialogue_are_left_out(base: InferenceBase) -> Non
     assert make_request(base, fuller) == (request, 2)
     with pytest.raises(BadInput, match="must have 1 to"):
         make_request(base, Question(1, "long", [last | {"content": "Chest pain. " * 900}]))
+
+
+def test_a_chat_ends_with_the_error_of_its_decoder(
+    base: InferenceBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: object) -> None:
+        raise MemoryError("of the GPU")
+
+    monkeypatch.setattr(DecodingBatch, "forward", forward)
+    ours, theirs = map(Channel, socket.socketpair())
+    answers = Answers(base, StreamingDecoder(base.engine, base.loaded.model), theirs)
+    with ours.socket, theirs.socket, ThreadPoolExecutor() as threads:
+        ran = threads.submit(answers.run)
+        ours.receive()  # the base is loaded
+        question = {"role": "user", "content": "A cough."}
+        ours.send(Question(1, dialogue=[question], chat_template=False, max_new_tokens=4))
+        reply = ours.receive()
+        assert reply is not None
+        assert reply["finish"] == "failed"
+        ours.socket.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(MemoryError, match="of the GPU"):
+            ran.result(20)
 
 
 def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) -> None:

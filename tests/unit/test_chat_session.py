@@ -152,6 +152,12 @@ def test_a_chat_whose_ranks_end_fails(run: SavedRun) -> None:
     assert code == 1
 
 
+def test_a_chat_whose_ranks_fail_during_an_answer_fails(run: SavedRun) -> None:
+    failed = Echo(lambda q: [Reply(q.number, "Che"), Reply(q.number, finish="failed")])
+    code, _ = chat(run, failed, "hello")
+    assert code == 1
+
+
 def test_a_dialogue_is_saved_as_a_row(run: SavedRun, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     _, terminal = chat(run, Echo(), "One", f"/save {path}", f"/save {tmp_path}", "/clear")

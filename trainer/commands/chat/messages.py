@@ -40,7 +40,8 @@ class Reply:
         number: of the question; 0: the base is loaded.
         text: further text of the answer.
         dropped: number of the oldest turns that the context has no room for.
-        finish: set in the last part: ``stop``, ``length`` or ``cancelled``.
+        finish: set in the last part: ``stop``, ``length``, ``cancelled``, or ``failed``: the ranks
+            have failed, and answer no further question.
         error: the reason why the request failed. Like ``finish``, it is in the last part only.
         has_chat_template: of the base, with number 0.
     """

@@ -42,8 +42,7 @@ def chat(run_dir: Path, channel: Channel | None, console: Console) -> None:
     if channel is None:
         decoder.run()
     else:
-        with decoder.running():
-            Answers(base, decoder, channel).run()
+        Answers(base, decoder, channel).run()
     base.close()
 
 
@@ -55,19 +54,20 @@ class Answers:
         self._running: dict[int, Stream] = {}
 
     def run(self) -> None:
-        """Answer until the channel is closed, or the decoder has failed."""
-        self._send(Reply(0, has_chat_template=bool(self._base.tokenizer.chat_template)))
-        for question in self._channel.questions():
-            if self._decoder.failure is not None:
-                raise self._decoder.failure
-            if question.cancel:
-                if stream := self._running.pop(question.number, None):
-                    self._decoder.cancel(stream)
-                continue
-            try:
-                self._answer(question)
-            except BadInput as error:
-                self._send(Reply(question.number, error="\n".join(error.problems)))
+        """Answer until the channel is closed; raises the error of a decoder that has failed."""
+        with self._decoder.running():
+            self._send(Reply(0, has_chat_template=bool(self._base.tokenizer.chat_template)))
+            for question in self._channel.questions():
+                if question.cancel:
+                    if stream := self._running.pop(question.number, None):
+                        self._decoder.cancel(stream)
+                    continue
+                try:
+                    self._answer(question)
+                except BadInput as error:
+                    self._send(Reply(question.number, error="\n".join(error.problems)))
+        if self._decoder.failure is not None:
+            raise self._decoder.failure
 
     def _answer(self, question: Question) -> None:
         number = question.number
