@@ -15,7 +15,7 @@ import pytest
 
 from tests.one_rank import OneRank
 from tests.thread_ranks import on_thread_ranks
-from tests.unit.run_folder import checkpoint_state, save_checkpoint
+from tests.unit.run_folder import checkpoint_state, save_checkpoint, write_inputs
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.checkpoint import SavedCheckpoint
 from trainer.checkpointing.output_folder import (
@@ -36,12 +36,12 @@ from trainer.checkpointing.saved_state import problem_of, problem_of_encoders
 from trainer.config import RunConfig, dump
 from trainer.prompts.saved_prompts import source_problems, without_sources
 from trainer.reporting.run_description import forget_if_other
-from trainer.reporting.run_end import tracked_run
+from trainer.reporting.run_end import finish_sending, tracked_run
 from trainer.reporting.summary import finished_summary
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.process import ROWS_CHECKED
-from trainer.tracking import MetricsLog, TrackingClient
+from trainer.tracking import Finished, MetricsLog, TrackingClient
 from trainer.training.initial_bank import copy_rank_0
 from trainer.training.progress import TrainingProgress
 from trainer.training.task_loading import read_tasks
@@ -120,6 +120,23 @@ def test_a_run_that_lost_its_lock_writes_no_summary(tmp_path: Path, error: Excep
             "status": "failed",
             "error": "broken",
         }
+
+
+@pytest.mark.parametrize(("uri", "seconds"), [("http://127.0.0.1:1", 26.0), (None, 96.0)])
+def test_sending_may_take_longer_for_more_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str | None, seconds: float
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    limits = []
+
+    def finish(timeout_s: float) -> Finished:
+        limits.append(timeout_s)
+        return Finished(True, "")
+
+    client = TrackingClient(write_inputs(tmp_path), uri)
+    monkeypatch.setattr(client, "finish", finish)
+    finish_sending(client, Console(io.StringIO(), io.StringIO()))
+    assert limits == [seconds]
 
 
 def earlier_run(output: Path) -> None:

@@ -15,6 +15,9 @@ from trainer.tracking import TrackingClient
 #: Time limits of sending at the end: to a local store, which can be slow; to a server, which can be
 #: down; after a failure.
 LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
+#: Additional limit for each prompt: its run, files and model take about 20 requests. The sender of
+#: a server that is down or hangs ends earlier by itself.
+PROMPT_SECONDS = 2.0
 
 
 @contextmanager
@@ -43,8 +46,9 @@ def tracked_run(output: Path, client: TrackingClient, console: Console) -> Itera
 
 def finish_sending(client: TrackingClient, console: Console) -> None:
     """Wait until the remaining metrics are sent, within time limits, and print the result."""
+    seconds = LOCAL_STORE_SECONDS if client.is_local else SERVER_SECONDS
     with console.phase("sending metrics to MLflow"):
-        finished = client.finish(LOCAL_STORE_SECONDS if client.is_local else SERVER_SECONDS)
+        finished = client.finish(seconds + PROMPT_SECONDS * client.num_prompts)
     if finished.complete:
         message = finished.message.replace("\n", f"\n{' ' * 9}")
         console.print(f"curves:  {message}")

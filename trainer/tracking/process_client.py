@@ -18,6 +18,7 @@ from trainer.runtime.redact import HIDDEN, redact
 from trainer.runtime.stdio import open_private
 from trainer.tracking.progress_file import ProgressFile
 from trainer.tracking.pusher import Pusher, where_to_look
+from trainer.tracking.run_files import RunFiles
 from trainer.tracking.store_uri import StoreAddress, for_shell, resolve, sync_command
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,10 @@ class TrackingClient:
             return self._target().database is not None
         except BadInput:
             return True
+
+    @property
+    def num_prompts(self) -> int:
+        return len(RunFiles(self.output_dir).prompts)
 
     def new_problem(self) -> str | None:
         """Return a problem of the sender that was not returned yet; checks every few seconds."""
