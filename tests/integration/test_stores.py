@@ -257,6 +257,27 @@ def test_runs_that_are_deleted_in_mlflow_during_training_are_created_again(
     assert {"run.yaml", "summary.json"} <= files
 
 
+def test_long_names_and_values_fit_into_every_database(tmp_path: Path, store: str) -> None:
+    """Other databases than SQLite refuse longer ones, and then the run is not sent at all."""
+    folder = write_inputs(tmp_path / ("f" * 245))
+    key = "base.chat_template_kwargs." + "k" * 300
+    target = resolve(folder)
+    with target.applied():
+        pusher = Pusher(folder, target)
+        pusher.push(running=True)
+        store_now = pusher._store
+        assert store_now is not None
+        run_id = store_now.run_ids["triage"]
+        run = client_of(store).get_run(run_id)
+        assert run.info.run_name.endswith(" / triage")
+        assert len(run.info.run_name) == 250
+        store_now._log_params(run_id, {key[:250]: "v" * 6000}, {key[:250]: "before"})
+    tags = client_of(store).get_run(run_id).data.tags
+    (changed,) = [key for key in tags if key.startswith("resumed.base.chat")]
+    assert len(changed) == 250
+    assert len(tags[changed]) == 5000
+
+
 def checked(folder: Path) -> SyncResult:
     result: Any = sync_here(folder, read_results)
     assert result.complete, result.message

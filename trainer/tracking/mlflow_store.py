@@ -24,6 +24,7 @@ from trainer.tracking.run_metadata import (
     Artifact,
     FinalResults,
     RunMetadata,
+    clean_tags,
     dataset_fields,
     legal,
 )
@@ -43,6 +44,9 @@ PAGE = (
 )
 IDENTITY, PARENT = "promptshard.output_id", "mlflow.parentRunId"
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one batch
+MAX_RUN_NAME = 250  # of MLflow's databases; those other than SQLite refuse longer names
+#: After a call that took longer and failed, other files and models wait for the next round.
+HANGING_SECONDS = 5.0
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
@@ -78,7 +82,7 @@ class MlflowStore:
         for name, prompt in zip(names, self.folder.prompts, strict=True):
             run = runs.get(name) or self.client.create_run(
                 experiment.experiment_id,
-                run_name=f"{self.folder.name} / {name}",
+                run_name=_run_name(self.folder.name, f" / {name}"),
                 start_time=self.folder.start_ms,
                 tags={
                     **self.folder.prompt_tags(prompt),
@@ -176,7 +180,10 @@ class MlflowStore:
                 "MLFLOW_RUN_ID=%s is the run of another output folder; created a new run", run_id
             )
         return self.client.create_run(
-            experiment_id, run_name=self.folder.name, start_time=self.folder.start_ms, tags=tags
+            experiment_id,
+            run_name=_run_name(self.folder.name),
+            start_time=self.folder.start_ms,
+            tags=tags,
         )
 
     def _adopt(
@@ -207,7 +214,8 @@ class MlflowStore:
         # MLflow's params are immutable; the new value of a resumed run becomes a tag.
         for key, value in params.items():
             if known.get(key, value) != value:
-                self.client.set_tag(run_id, f"resumed.{key}", value)
+                for tag, text in clean_tags({f"resumed.{key}": value}).items():
+                    self.client.set_tag(run_id, tag, text)
 
     def _log_datasets(self, run_id: str, datasets: Sequence[Mapping[str, Any]]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -314,6 +322,10 @@ class MlflowStore:
         parent_last = sorted(self.run_ids.items(), key=lambda item: item[0] is None)
         for _, run_id in parent_last:
             self.client.set_terminated(run_id, status, end_time=int(time * 1000))
+
+
+def _run_name(folder: str, suffix: str = "") -> str:
+    return folder[: MAX_RUN_NAME - len(suffix)] + suffix
 
 
 def _unless_missing(get: Callable[[str], Entity], key: str) -> Entity | None:
