@@ -61,11 +61,12 @@ class Proxy:
 
     Attributes:
         mode: ``passes``; ``hangs``: takes a request and never answers; ``answers 500``;
-            ``takes no files``: answers 500 to uploads, passes the rest on; ``stores, answers 500``:
-            passes a request on, but answers 500 when one that adds data comes for the first time;
-            ``stores, breaks off``: the same, but closes the connection without an answer;
-            ``has no models``: as a server older than MLflow 3; ``other host``: the server gets
-            another name of its host; or a number, the HTTP status of all answers.
+            ``takes no files``: answers 500 to uploads, passes the rest on; ``hangs on files``:
+            never answers uploads; ``stores, answers 500``: passes a request on, but answers 500
+            when one that adds data comes for the first time; ``stores, breaks off``: the same, but
+            closes the connection without an answer; ``has no models``: as a server older than
+            MLflow 3; ``other host``: the server gets another name of its host; or a number, the
+            HTTP status of all answers.
         asked: method and path of every request, in order.
     """
 
@@ -83,7 +84,7 @@ class Proxy:
                 proxy.asked.append(f"{self.command} {self.path}")
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 upload = self.command == "PUT" and "/mlflow-artifacts/" in self.path
-                if proxy.mode == "hangs":
+                if proxy.mode == "hangs" or (proxy.mode == "hangs on files" and upload):
                     proxy._closed.wait()
                 if proxy._closed.is_set():  # connections that are kept alive outlive the listener
                     self.close_connection = True

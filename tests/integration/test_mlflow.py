@@ -479,6 +479,45 @@ def test_training_succeeds_while_the_tracking_server_fails_hangs_and_dies(
         assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.fault("artifact upload fails")
+def test_metrics_do_not_wait_for_files_that_cannot_be_stored(
+    tmp_path: Path, server: Server
+) -> None:
+    """The user reads why during training, and failed uploads are repeated after a pause."""
+    folder, proxy = write_inputs(tmp_path / "run", experiment="no files"), Proxy(server.uri)
+    proxy.mode = "takes no files"
+    target, log = resolve(folder, f"http://{proxy.address}"), MetricsLog(folder)
+    with target.applied():
+        pusher = Pusher(folder, target, read_results)
+        for first, last in ((0, 40), (41, STEPS)):
+            log_steps(log, first, last)
+            pusher.push(running=True)
+    uploads = [request for request in proxy.asked if "/mlflow-artifacts/" in request]
+    assert len(uploads) == 3
+    assert proxy.asked.index(uploads[0]) > proxy.asked.index("POST /api/2.0/mlflow/runs/log-batch")
+    assert "500" in str(pusher.upload_problem)
+    assert_complete(folder, server.uri, "no files")
+    proxy.close()
+
+
+@pytest.mark.fault("artifact upload fails")
+def test_a_run_ends_in_mlflow_although_uploads_hang(tmp_path: Path, server: Server) -> None:
+    folder, proxy = write_inputs(tmp_path / "run", experiment="hanging files"), Proxy(server.uri)
+    proxy.mode = "hangs on files"
+    sender = TrackingClient(folder, f"http://{proxy.address}", every=0.1)
+    sender.start()
+    log_steps(MetricsLog(folder), 0, STEPS)
+    wait_until(lambda: sent(folder) > 0, 60)
+    write_results(folder)
+    result = sender.finish(20)
+    proxy.close()
+    assert "files" in result.message
+    parent, prompts = runs(server.uri, "hanging files")
+    assert {run.info.status for run in [parent, *prompts.values()]} == {"FINISHED"}
+    assert prompts["triage"].data.metrics["validation_accuracy_best"] == 0.94
+    assert_complete(folder, server.uri, "hanging files")
+
+
 def last_step(folder: Path) -> int:
     path = folder / METRICS_FILE
     return max((line.step for line, _ in read_lines(path) if line), default=0)

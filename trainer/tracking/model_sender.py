@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from trainer.tracking.logged_models import NoModels, PromptModels
-from trainer.tracking.mlflow_store import MlflowStore
+from trainer.tracking.mlflow_store import HANGING_SECONDS, MlflowStore
 from trainer.tracking.progress_file import StoreProgress
 from trainer.tracking.refusals import explain
 from trainer.tracking.registry import Registry
@@ -82,6 +83,7 @@ class ModelSender:
         prompts = {str(prompt["name"]): prompt for prompt in self.folder.prompts}
         registry = Registry(store, self.register) if self.register else None
         for name in {**models, **unregistered}:
+            started = time.monotonic()
             try:
                 if name == HAND_WRITTEN:
                     assert registry is not None
@@ -97,6 +99,8 @@ class ModelSender:
                 text = explain(error, self.target, self.folder.path)
                 logger.warning("model of prompt %s: not sent: %s", name, text)
                 errors.append(error)
+                if time.monotonic() - started > HANGING_SECONDS:
+                    break
                 continue
             if name in unregistered:
                 self.progress.registered[name] = unregistered[name]

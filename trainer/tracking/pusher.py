@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +17,7 @@ from pathlib import Path
 from trainer.config.tracking import HTTP, problem_of_name, scheme_of
 from trainer.runtime.errors import BadInput
 from trainer.tracking.metrics_log import METRICS_FILE, SYSTEM_FILE, Line
-from trainer.tracking.mlflow_store import MlflowStore
+from trainer.tracking.mlflow_store import HANGING_SECONDS, MlflowStore
 from trainer.tracking.model_sender import ModelSender
 from trainer.tracking.progress_file import ProgressFile, StoreProgress
 from trainer.tracking.refusals import explain, is_busy
@@ -32,6 +33,9 @@ from trainer.tracking.store_uri import (
 logger = logging.getLogger(__name__)
 SENT_FILES = (METRICS_FILE, SYSTEM_FILE)
 LINES_PER_BATCH = 2000
+#: Pause after a failed upload, as metrics must not wait for a storage of files that is down: this
+#: many seconds, and this many times as long as the upload took.
+UPLOAD_PAUSE, UPLOAD_PAUSE_RATIO = 60.0, 9.0
 #: MLflow's status by ``status`` of ``summary.json``; without one the run was killed.
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}
 
@@ -62,6 +66,8 @@ class Pusher:
         self.points = 0
         self._store: MlflowStore | None = None
         self._has_connected = False
+        self.upload_problem: str | None = None  #: why files are not sent; a message for the user
+        self._next_upload = 0.0
 
     @property
     def connected(self) -> bool:
@@ -71,10 +77,18 @@ class Pusher:
     def push(self, *, running: bool) -> None:
         """Connect if necessary, then send new lines and the files that exist from the start.
 
-        After any error the next call connects again and queries the store.
+        After any error the next call connects again and queries the store. A failed upload is no
+        error: a later call repeats it.
         """
         with self._reconnecting():
-            self._push(running)
+            store = self._push(running)
+            if time.monotonic() < self._next_upload:
+                return
+            started, self.upload_problem = time.monotonic(), None
+            if errors := self._send_artifacts(store, self.folder.early_artifacts()):
+                seconds = time.monotonic() - started
+                self.upload_problem = explain(errors[0], self.target, self.folder.path)
+                self._next_upload = started + max(UPLOAD_PAUSE, UPLOAD_PAUSE_RATIO * seconds)
 
     def end(self) -> None:
         """Send the rest and the run's final status; after errors as ``push``."""
@@ -89,25 +103,25 @@ class Pusher:
             self._store = None
             raise
 
-    def _push(self, running: bool) -> None:
+    def _push(self, running: bool) -> MlflowStore:
         store = self._connect(running)
         if running and self.progress.status != "RUNNING":
             self._save(status="RUNNING")
-        self._send_artifacts(store, self.folder.early_artifacts())
         for name in SENT_FILES:
             self._send_lines(store, name)
+        return store
 
     def _end(self) -> None:
-        self._push(running=False)
-        store = self._store
-        assert store is not None
+        store = self._push(running=False)
         assert self.read_results is not None
-        errors = self._send_artifacts(store, self.folder.late_artifacts())
         results = self.read_results(self.folder.path) if self.folder.summary() else None
         store.end(self._final_status(), results, self._end_time())
+        self._save(status=self._final_status())
+        # Last: a storage of files that hangs must not leave the run unfinished in MLflow.
+        artifacts = [*self.folder.early_artifacts(), *self.folder.late_artifacts()]
+        errors = self._send_artifacts(store, artifacts)
         if results is not None:
             errors += self.models.send(store, results, self.state.save)
-        self._save(status=self._final_status())
         if errors:
             raise errors[0]
 
@@ -169,7 +183,7 @@ class Pusher:
         """Upload new and changed files. One that fails is tried again at the next call."""
         errors: list[Exception] = []
         for artifact in artifacts:
-            digest = artifact.digest()
+            digest, started = artifact.digest(), time.monotonic()
             if self.progress.artifacts.get(artifact.key) == digest:
                 continue
             try:
@@ -178,6 +192,8 @@ class Pusher:
                 text = explain(error, self.target, self.folder.path)
                 logger.warning("%s: not sent: %s", artifact.path.name, text)
                 errors.append(error)
+                if time.monotonic() - started > HANGING_SECONDS:
+                    break
                 continue
             self.progress.artifacts[artifact.key] = digest
             self._save()

@@ -107,7 +107,7 @@ def _follow(pusher: Pusher, trainer: _Trainer, every: float) -> None:
             pusher.push(running=True)
             seconds = time.monotonic() - started if connected else 0.0  # without connecting
             pause, failures, refusals = max(every, min(MAX_PAUSE, PAUSE_RATIO * seconds)), 0, 0
-            pusher.set_problem(None)
+            pusher.set_problem(pusher.upload_problem and f"files: {pusher.upload_problem}")
         except Exception as error:
             failures += 1
             refusals = refusals + 1 if is_refusal(error) else 0
