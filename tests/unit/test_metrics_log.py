@@ -16,8 +16,8 @@ from trainer.config.tracking import Tracking
 from trainer.reporting.mlflow_note import read_results
 from trainer.runtime.errors import BadInput
 from trainer.runtime.redact import redact, secrets_of
-from trainer.tracking import MetricsLog, TrackingClient
-from trainer.tracking.metrics_log import METRICS_FILE, read_lines
+from trainer.tracking import MetricsLog, TrackingClient, metrics_log
+from trainer.tracking.metrics_log import METRICS_FILE, Line, read_lines
 from trainer.tracking.progress_file import ProgressFile, StoreProgress, missing_results
 from trainer.tracking.refusals import explain
 from trainer.tracking.run_metadata import RunMetadata, shorten
@@ -81,6 +81,25 @@ def test_rewind_drops_a_validation_that_is_repeated(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 1, 1, 2, 2]
     log.rewind(2)
     assert steps(tmp_path) == [1, 1, 1, 2, 2]
+
+
+def test_rewind_does_not_parse_the_lines_of_earlier_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long run has millions of them."""
+    log, parsed, parse = MetricsLog(tmp_path), list[bytes](), metrics_log._parse
+    for step in range(1, 6):
+        log.log(step, step, {"x": step})
+
+    def count(raw: bytes) -> Line | None:
+        parsed.append(raw)
+        return parse(raw)
+
+    monkeypatch.setattr(metrics_log, "_parse", count)
+    log.rewind(4)
+    monkeypatch.undo()
+    assert len(parsed) == 2
+    assert steps(tmp_path) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("moved", [False, True])

@@ -11,8 +11,9 @@ from typing import ClassVar
 import pytest
 import yaml
 
-from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, finished_run, write_inputs
+from tests.unit.run_folder import HAND_WRITTEN, PROMPTS, STEPS, finished_run, write_inputs
 from trainer.config import load_output
+from trainer.reporting.html import collect as collect_module
 from trainer.reporting.html import write_report
 from trainer.reporting.html.collect import collect
 from trainer.reporting.mlflow_note import read_results
@@ -110,6 +111,16 @@ def test_an_interrupted_run_has_a_page(tmp_path: Path) -> None:
     html = write_report(write_inputs(tmp_path)).read_text()
     assert "unfinished" in html
     assert "The run did not finish (no summary.json)." in html
+
+
+def test_some_steps_of_a_long_run_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect_module, "MOST_LINES", 20)
+    lines = collect_module._read_metrics(finished_run(tmp_path))
+    for name in (None, *PROMPTS):
+        steps = [line.step for line in lines[name] if not line.is_validation]
+        assert steps == [*range(8, STEPS, 8), STEPS]
+    scored = [line.step for line in lines["animals"] if line.is_validation]
+    assert scored == [*range(0, STEPS + 1, 20)]
 
 
 def test_text_of_users_is_escaped_and_credentials_hidden(tmp_path: Path) -> None:

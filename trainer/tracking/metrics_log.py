@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ SYSTEM_FILE = "logs/system_metrics.jsonl"
 MAX_LINE = 1 << 20
 #: The largest integer that JSON and databases hold exactly; a line with a larger one is damaged.
 MAX_COUNT = 2**53
+#: Begin of a line of ``MetricsLog``.
+_BEGIN = re.compile(rb'\{"time": [0-9.]+, "step": (\d+), ')
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,13 @@ class MetricsLog:
         """
         self._file.close()
         with atomic_io.replacing(self.path, durable=True) as out:
-            for raw, line, _ in read_raw(self.path):
+            for raw, _ in _complete_lines(self.path):
+                # Parsing all lines of a long run would delay its start by minutes.
+                begin = _BEGIN.match(raw)
+                if begin is not None and int(begin[1]) < step:
+                    out.write(raw)
+                    continue
+                line = _parse(raw)
                 if line is None or line.step > step:
                     continue
                 if validated or line.step < step or not line.is_validation:
@@ -115,17 +124,18 @@ def read_lines(
 ) -> Iterator[tuple[Line | None, int]]:
     """Yield complete lines from byte ``offset``, each with its end; None for a damaged line.
 
+    Yields nothing for a missing file.
+
     Args:
         containing: skip lines without these bytes; much faster than parsing them.
     """
-    for _, line, end in read_raw(path, offset, containing=containing):
-        yield line, end
+    for raw, end in _complete_lines(path, offset):
+        if containing in raw:
+            yield _parse(raw), end
 
 
-def read_raw(
-    path: Path, offset: int = 0, *, containing: bytes = b""
-) -> Iterator[tuple[bytes, Line | None, int]]:
-    """As ``read_lines``, with the bytes of each line first; yield nothing for a missing file."""
+def _complete_lines(path: Path, offset: int = 0) -> Iterator[tuple[bytes, int]]:
+    """Yield the bytes of complete lines, each with its end; nothing for a missing file."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -136,8 +146,7 @@ def read_raw(
             if not raw.endswith(b"\n"):
                 return  # still being written
             offset += len(raw)
-            if containing in raw:
-                yield raw, _parse(raw), offset
+            yield raw, offset
 
 
 def _parse(raw: bytes) -> Line | None:

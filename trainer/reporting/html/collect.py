@@ -48,6 +48,8 @@ from trainer.tracking.store_uri import install_ui_hint
 
 #: Results of ``promptshard lint --measure`` in the output folder.
 MEASURED_LINT = "lint/lint.json"
+#: Lines of training steps that are kept of each prompt; a multiple of the points of a plot.
+MOST_LINES = 2000
 
 
 @dataclass
@@ -138,17 +140,14 @@ def collect(output_dir: Path) -> Report:
     with suppress(BadInput, OSError):
         config = load_output(output_dir)
         settings = redact((output_dir / "run.yaml").read_text(encoding="utf-8"))
-    lines: dict[str | None, list[Line]] = defaultdict(list)  # by prompt; None: of the whole run
-    for line, _ in read_lines(output_dir / METRICS_FILE):
-        if line is not None:
-            lines[line.prompt].append(line)
+    lines = _read_metrics(output_dir)
     data = data_splits(output_dir, results)
     inspection, tasks = load_inspection(output_dir), []
     if config is not None:
         sources = _Sources(output_dir, config, results, lines, inspection)
         tasks = [sources.task_report(table) for table in task_tables(config, summary)]
     ended = max((line.time for group in lines.values() for line in group), default=None)
-    tokens = max((line.useful_tokens or 0 for line in lines[None]), default=0)
+    tokens = max((line.useful_tokens or 0 for line in lines.get(None, [])), default=0)
     return Report(
         title=output_dir.resolve().name,
         status=summary.status if summary else "unfinished",
@@ -159,7 +158,7 @@ def collect(output_dir: Path) -> Report:
         time=breakdown(results.time) if results.time else "",
         warnings=run_warnings(summary, data),
         tasks=tasks,
-        speed=_speed(lines[None]),
+        speed=_speed(lines.get(None, [])),
         similarity=_similarity(inspection),
         remark=inspection.remark if inspection else "",
         data=data,
@@ -167,6 +166,35 @@ def collect(output_dir: Path) -> Report:
         settings=settings,
         commands=_commands(output_dir, config, results) if config else [],
     )
+
+
+def _read_metrics(output_dir: Path) -> dict[str | None, list[Line]]:
+    """Return the metric lines by prompt; None: of the whole run.
+
+    Of the training steps of a long run, only some are kept, at about equal distances and with the
+    last one: all would need gigabytes, and a plot has few points.
+    """
+    validations: dict[str | None, list[Line]] = defaultdict(list)
+    steps: dict[str | None, list[Line]] = defaultdict(list)
+    strides: dict[str | None, int] = defaultdict(lambda: 1)
+    last: dict[str | None, Line] = {}
+    for line, _ in read_lines(output_dir / METRICS_FILE):
+        if line is None:
+            continue
+        if line.is_validation:
+            validations[line.prompt].append(line)
+            continue
+        last[line.prompt] = line
+        kept = steps[line.prompt]
+        if line.step % strides[line.prompt] == 0:
+            kept.append(line)
+        if len(kept) > MOST_LINES:
+            strides[line.prompt] *= 2
+            kept[:] = [each for each in kept if each.step % strides[line.prompt] == 0]
+    for name, line in last.items():
+        if steps[name][-1:] != [line]:
+            steps[name].append(line)
+    return {name: steps[name] + validations[name] for name in {**steps, **validations}}
 
 
 @dataclass(frozen=True)
