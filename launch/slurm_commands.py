@@ -203,6 +203,8 @@ def _checked(
     own = submission.array_tasks(array, config.output_dir)
     tasks = [(run_file, *overrides, *settings) for settings in own]
     configs = [preflight.check_run(run_file, task[1:], printed) for task in tasks]
+    if len(configs) == 1:  # a job, not an array
+        return configs[0].output_dir, tasks, configs
     return config.output_dir, tasks, configs
 
 

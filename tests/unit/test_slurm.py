@@ -447,6 +447,17 @@ def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
     ]
 
 
+def test_an_array_of_one_task_is_a_job(run_file, fake_slurm):  # noqa: F811
+    (fake_slurm / "squeue").write_text("#!/bin/sh\necho '4711|PENDING|Priority||1:00'\n")
+    (fake_slurm / "squeue").chmod(0o755)
+    done = run_promptshard("submit", run_file, "--nodes", "1", "--array", "training.seed=[3]")
+    assert done.returncode == 0, done.stderr
+    out = run_file.parent / "out" / "seed-3"
+    assert f"promptshard status {out}\n" in done.stdout
+    assert "#SBATCH --array" not in (fake_slurm / "submitted.sbatch").read_text()
+    assert read_status(out).state == "waiting"
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
