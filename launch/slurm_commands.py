@@ -183,13 +183,14 @@ def submit(
             f"give another output_dir, or wait for it: --dependency afterany:{last.id}"
         )
     job, frozen = submission.freeze(job, configs, output_dir)
-    number = submission.submit(job, frozen, configs)
+    number, cluster = submission.submit(job, frozen, configs)
     kind = f"job array {number} of {len(configs)} tasks" if len(configs) > 1 else f"job {number}"
     typer.echo(f"submitted {kind}: {frozen / 'job.sbatch'}")
     log = job.log.replace("%%", "%").replace("%j", number).replace("%A", number)
     typer.echo(f"log:      {log}")
     typer.echo(f"status:   promptshard status {shlex.quote(output_dir)}")
-    typer.echo(f"stop:     scancel {number}   (saves first; submit again to resume)")
+    where = f"--clusters={cluster} " if cluster else ""
+    typer.echo(f"stop:     scancel {where}{number}   (saves first; submit again to resume)")
 
 
 def _checked(

@@ -48,9 +48,10 @@ class JobState:
 
 
 class SubmissionRecord(BaseModel):
-    """``job.json`` of a submission."""
+    """``job.json`` of a submission; ``cluster`` is empty for the default one."""
 
     job: str = ""
+    cluster: str = ""
     command: str = ""
     tasks: list[str] = []
 
@@ -71,13 +72,13 @@ def last_job(run_dir: Path) -> JobState | None:
     record, _ = read_record(run_dir)
     if not record.job:
         return None
-    jobs = [*(query_jobs(record.job) or {}).values()]
+    jobs = [*(query_jobs(record.job, record.cluster) or {}).values()]
     job = next((job for job in jobs if job.active), jobs[-1] if jobs else state_of(record.job, {}))
     return replace(job, id=record.job)
 
 
-def find_job(run_dir: Path, record: SubmissionRecord) -> tuple[str, str]:
-    """Return the job or array task that runs in this folder, and the command that submitted it.
+def find_job(run_dir: Path, record: SubmissionRecord) -> tuple[str, SubmissionRecord]:
+    """Return the job or array task that runs in this folder, and the record of its submission.
 
     Both are empty without a submission. An array is submitted for the parent of its tasks' folders.
 
@@ -85,12 +86,12 @@ def find_job(run_dir: Path, record: SubmissionRecord) -> tuple[str, str]:
         record: the newest submission for the folder itself.
     """
     if record.job:
-        return record.job, record.command
+        return record.job, record
     around, _ = read_record(run_dir.absolute().parent)
     for i, task in enumerate(around.tasks):
         if around.job and resolved(task) == resolved(run_dir):
-            return f"{around.job}_{i}", around.command
-    return "", ""
+            return f"{around.job}_{i}", around
+    return "", record
 
 
 def resolved(path: str | Path) -> str:
@@ -101,19 +102,23 @@ def resolved(path: str | Path) -> str:
         return ""
 
 
-def query_jobs(number: str) -> dict[str, JobState] | None:
+def query_jobs(number: str, cluster: str = "") -> dict[str, JobState] | None:
     """Query squeue, then sacct, for a job, an array task or all tasks of an array.
+
+    Args:
+        cluster: the cluster of the job; empty: the default one.
 
     Returns:
         States by ID; an array task's is ``JOB_TASK``, and ``JOB_*`` stands for all tasks that never
         started. Without jobs that Slurm does not know. None if Slurm does not answer.
     """
-    queued = _queued(f"--jobs={number}")
+    job = [f"--jobs={number}", *([f"--clusters={cluster}"] if cluster else [])]
+    queued = _queued(*job)
     if queued and number in queued:
         return queued
     lines = _slurm(
-        *("sacct", "--noheader", "--parsable2", "--allocations"),
-        *(f"--jobs={number}", "--format=JobID,State,ExitCode,NodeList"),
+        *("sacct", "--noheader", "--parsable2", "--allocations", *job),
+        "--format=JobID,State,ExitCode,NodeList",
     )
     jobs = {}
     for name, state, code, nodes in _fields(lines or [], 4):
@@ -164,7 +169,7 @@ def _slurm(*command: str) -> list[str] | None:
             timeout=SLURM_SECONDS,
             check=False,
         )
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, ValueError):  # ValueError: a NUL byte in a damaged record
         return None
     if done.returncode != 0:
         return [] if "Invalid job id" in done.stderr else None

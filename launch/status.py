@@ -30,11 +30,11 @@ class StatusReader:
     """Reads the status of one run again and again; metrics are read incrementally."""
 
     def __init__(self, run_dir: Path, jobs: dict[str, JobState] | None = None) -> None:
-        """``jobs`` replaces the queries of Slurm: all queued jobs by ID."""
+        """``jobs`` replaces the queries of the default cluster: all its queued jobs by ID."""
         self.run_dir = run_dir
         self._jobs = jobs
         self._metrics: dict[Path, RunMetrics] = {}
-        self._asked: dict[str, tuple[float, dict[str, JobState]]] = {}
+        self._asked: dict[tuple[str, str], tuple[float, dict[str, JobState]]] = {}
 
     def read(self, *, quick: bool = False) -> Status:
         """Read the folder and query Slurm for the job last submitted for it.
@@ -58,28 +58,28 @@ class StatusReader:
         if len(record.tasks) > 1 and here not in map(resolved, record.tasks):
             description = f"job array {record.job}, {len(record.tasks)} tasks"
             status = Status(str(self.run_dir), "array", description)
-            jobs = self._query(record.job)
+            jobs = self._query(record.job, record.cluster)
             for i, task in enumerate(record.tasks):
                 state = state_of(f"{record.job}_{i}", jobs)
                 status.tasks.append(self._task(Path(task), state, quick))
             return status
-        number, submitted_by = find_job(self.run_dir, record)
-        job = state_of(number, self._query(number)) if number else None
+        number, submission = find_job(self.run_dir, record)
+        job = state_of(number, self._query(number, submission.cluster)) if number else None
         status = self._run(self.run_dir, job, folder / "run.yaml", quick)
         if status.resume:
-            status.resume = submitted_by or status.resume
+            status.resume = submission.command or status.resume
         return status
 
-    def _query(self, number: str) -> dict[str, JobState]:
+    def _query(self, number: str, cluster: str) -> dict[str, JobState]:
         """Return the states of a job or of an array's tasks, or the last known if Slurm fails."""
-        if self._jobs is not None:
+        if self._jobs is not None and not cluster:
             return self._jobs
-        asked, jobs = self._asked.get(number, (-math.inf, {}))
+        asked, jobs = self._asked.get((number, cluster), (-math.inf, {}))
         if time.monotonic() - asked > SLURM_INTERVAL:
-            answer = query_jobs(number)
+            answer = query_jobs(number, cluster)
             if answer is not None:
                 jobs = answer
-                self._asked[number] = (time.monotonic(), jobs)
+                self._asked[number, cluster] = (time.monotonic(), jobs)
         return jobs
 
     def _task(self, run_dir: Path, job: JobState, quick: bool) -> Status:

@@ -6,7 +6,7 @@ The copies are kept with the logs, so that a job that is requeued days later run
                                               code/         trainer, launch, ds_configs, REVISION
                                               policy.json   DeepSpeed settings
                                               job.sbatch
-                                              job.json      job id, command and tasks, for `status`
+                                              job.json      job id, command, tasks; read by `status`
 """
 
 from __future__ import annotations
@@ -148,8 +148,10 @@ def freeze(job: Job, configs: Sequence[RunConfig], output_dir: str) -> tuple[Job
     return job, folder
 
 
-def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
-    """Write script and record, and submit the script; return the job id.
+def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> tuple[str, str]:
+    """Write script and record, and submit the script; return the job id and cluster.
+
+    The cluster is empty unless sbatch names it, as it does for ``--clusters``.
 
     Raises:
         BadInput: sbatch refuses the job; the folder is removed.
@@ -157,19 +159,20 @@ def submit(job: Job, folder: Path, configs: Sequence[RunConfig]) -> str:
     script, text = folder / "job.sbatch", slurm.render(job)
     atomic_io.write(script, text)
     done = _run(["sbatch", "--parsable", str(script)], without=_overriding(text))
-    number = done.stdout.strip().split("\n")[-1].partition(";")[0]
+    number, _, cluster = done.stdout.strip().split("\n")[-1].partition(";")
     if done.returncode != 0 or not number.isdigit():
         shutil.rmtree(folder)
         answer = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise BadInput(f"submit: sbatch refused the job: {answer}")
     record = {
         "job": number,
+        "cluster": cluster,
         "submitted": time.time(),
         "command": job.command,
         "tasks": [str(Path(config.output_dir).absolute()) for config in configs],
     }
     atomic_io.write_json(folder / RECORD, record)
-    return number
+    return number, cluster
 
 
 def _overriding(script: str) -> set[str]:

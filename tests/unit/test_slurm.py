@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from launch import slurm, submit
+from launch.run_list import list_runs
 from launch.slurm import Job
 from launch.status import read_status
 from slurm.render import EXAMPLES
@@ -445,6 +446,21 @@ def test_a_sweep_is_an_array_of_run_files(run_file, fake_slurm):  # noqa: F811
     assert [Path(task.run_dir).name for task in report.tasks] == [
         *("seed-0-steps-5", "seed-0-steps-7", "seed-1-steps-5", "seed-1-steps-7")
     ]
+
+
+def test_jobs_of_other_clusters_are_looked_up_there(run_file, fake_slurm):  # noqa: F811
+    """Another job may have the same number on the default cluster."""
+    answers = "case $* in *--clusters=cluster*) echo '4711|PENDING|Priority||1';; esac"
+    (fake_slurm / "squeue").write_text(f"#!/bin/sh\n{answers}\n")
+    (fake_slurm / "squeue").chmod(0o755)
+    done = run_promptshard("submit", run_file, "--nodes", "1", "--sbatch=--clusters=cluster")
+    assert done.returncode == 0, done.stderr
+    assert "scancel --clusters=cluster 4711 " in done.stdout
+    assert read_status(run_file.parent / "out").state == "waiting"
+    states = [run.state for run in list_runs(run_file.parent)]
+    assert states == ["waiting"]
+    done = run_promptshard("submit", run_file, "--nodes", "1")
+    assert "job 4711 for" in done.stderr
 
 
 def test_an_array_of_one_task_is_a_job(run_file, fake_slurm):  # noqa: F811

@@ -249,6 +249,7 @@ def test_the_last_known_state_of_a_job_counts_if_slurm_does_not_answer(
     stand_ins(tmp_path, monkeypatch, "", "12|PENDING|None|")
     (tmp_path / "squeue").write_text(silent)
     assert status.read_status(out).state == "waiting"
+    assert slurm_queue.query_jobs("12\0") is None  # of a damaged record
     unknown = silent.replace("Socket timed out", "Invalid job id specified")
     stand_ins(tmp_path, monkeypatch, "", "")
     (tmp_path / "squeue").write_text(unknown)
