@@ -68,13 +68,16 @@ def test_files_in_the_working_directory_shadow_no_module(decoys, linked, monkeyp
     assert not (decoys / "ran").exists()
 
 
-def test_arguments_in_the_environment_and_another_folder(decoys):
-    given = bootstrap.arguments_in_environment(["r.yaml", "a=\u00fc '$x'"])
+@pytest.mark.parametrize("length", [1, 300_000])
+def test_arguments_in_the_environment_and_another_folder(decoys, length):
+    """Linux refuses a variable of more than 128 KiB."""
+    arguments = ["r.yaml", "a=\u00fc '$x'", "\u4f60" * length]
+    given = bootstrap.arguments_in_environment(arguments)
     words = ["--arguments-in-environment", f"--chdir={decoys.parent}", "program"]
     done = start(decoys, *words, path=[str(decoys.parent)], **given)
     assert done.returncode == 0, done.stderr
     argv, _, _, where = json.loads(done.stdout)
-    assert (argv[1:], where) == (["r.yaml", "a=\u00fc '$x'"], str(decoys.parent))
+    assert (argv[1:], where) == (arguments, str(decoys.parent))
 
 
 @pytest.mark.parametrize("kind", ["file", "package"])

@@ -13,6 +13,8 @@ import os
 import sys
 
 ARGUMENTS = "PROMPTSHARD_ARGUMENTS"
+#: Characters of one variable, of at most 4 bytes each. Linux allows 128 KiB.
+VARIABLE_LENGTH = 30_000
 PARENT = "PROMPTSHARD_PARENT"
 FILE = os.path.abspath(__file__)
 PACKAGE = os.path.dirname(os.path.dirname(FILE))
@@ -25,13 +27,33 @@ def command(module: str, *options: str, python: str | None = None) -> list[str]:
 
 
 def arguments_in_environment(arguments: list[str]) -> dict[str, str]:
-    """Return the environment variable that ``--arguments-in-environment`` reads.
+    """Return the environment variables that ``--arguments-in-environment`` reads.
 
     All users can read the command line of a process; only its owner can read the environment.
     """
     import json
 
-    return {ARGUMENTS: json.dumps(arguments, ensure_ascii=False)}
+    text = json.dumps(arguments, ensure_ascii=False)
+    starts = range(0, len(text), VARIABLE_LENGTH)
+    return {
+        _variable(number): text[start : start + VARIABLE_LENGTH]
+        for number, start in enumerate(starts)
+    }
+
+
+def _variable(number: int) -> str:
+    return f"{ARGUMENTS}_{number}" if number else ARGUMENTS
+
+
+def _arguments_of_environment() -> list[str]:
+    """Remove the variables of ``arguments_in_environment`` and return the arguments."""
+    import json
+
+    parts = [os.environ.pop(ARGUMENTS)]
+    while (part := os.environ.pop(_variable(len(parts)), None)) is not None:
+        parts.append(part)
+    arguments: list[str] = json.loads("".join(parts))
+    return arguments
 
 
 def clean_path() -> None:
@@ -71,7 +93,6 @@ def main() -> None:
     """Clean the import path, then run a module in this process."""
     clean_path()
     import argparse
-    import json
     import runpy
     import signal
 
@@ -96,7 +117,7 @@ def main() -> None:
     keep_streams()
     arguments = args.arguments
     if args.arguments_in_environment:
-        arguments = json.loads(os.environ.pop(ARGUMENTS))
+        arguments = _arguments_of_environment()
     sys.argv = [args.module, *arguments]
     try:
         runpy.run_module(args.module, run_name="__main__", alter_sys=True)
