@@ -110,11 +110,10 @@ def run(desk: Desk) -> Run:
         cluster.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=15")
     until(lambda: "requeued as restart 1 of at most 5" in read(run.log), 60, run.logs)
 
-    smoke = desk.path / "runs" / "smoke" / "summary.json"
-    until(smoke.exists, START_SECONDS, run.logs)  # the other job must not lose its node
-    assert json.loads(smoke.read_text())["status"] == "finished", smoke.read_text() + run.logs()
-
     with run.held(restart=1):
+        smoke = desk.path / "runs" / "smoke" / "summary.json"
+        until(smoke.exists, START_SECONDS, run.logs)  # the other job must not lose its node
+        assert json.loads(smoke.read_text())["status"] == "finished", smoke.read_text() + run.logs()
         down = f"NodeName={NODES[1]}"
         cluster.run("scontrol", "update", down, "State=DOWN", "Reason=test")
     until(lambda: cluster.job(run.job)["Restarts"] == "2", 60, run.logs)
