@@ -101,15 +101,13 @@ def test_on_another_host_the_heartbeat_decides(tmp_path: Path, where: dict[str, 
 
 
 @pytest.mark.fault("two jobs on one output folder")
-@pytest.mark.parametrize(
-    ("job", "restarts", "free"), [("7", "1", True), ("7", "0", False), ("8", "1", False)]
-)
+@pytest.mark.parametrize(("restarts", "free"), [("1", True), ("0", False)])
 def test_a_requeued_job_takes_its_own_lock_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, restarts: str, free: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, free: bool
 ) -> None:
     """Two commands in one allocation are not a requeued job."""
     leave_lock(tmp_path, **ELSEWHERE, job="7", restarts=0)
-    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     messages: list[str] = []
     if free:
@@ -118,6 +116,34 @@ def test_a_requeued_job_takes_its_own_lock_over(
     else:
         with pytest.raises(BadInput, match="process 4242 on node-7 of Slurm job 7 since"):
             acquire(tmp_path, messages.append)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_job_waits_until_another_one_is_certainly_dead_or_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
+) -> None:
+    """It may start seconds after the other one was killed: --dependency afterany."""
+    leave_lock(tmp_path, **ELSEWHERE, job="7")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            now = time.time() if alive else time.time() - run_lock.DEAD_SECONDS - 1
+            os.utime(tmp_path / LOCK, (now, now))
+
+    monkeypatch.setattr(run_lock.time, "sleep", sleep)
+    messages: list[str] = []
+    if alive:
+        with pytest.raises(BadInput, match="process 4242 on node-7 of Slurm job 7 since"):
+            acquire(tmp_path, messages.append)
+    else:
+        acquire(tmp_path, messages.append).release()
+        assert "no heartbeat for 12" in messages[1]
+    assert len(waited) == 3
+    assert "waiting for its next heartbeat" in messages[0]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "x"}'])

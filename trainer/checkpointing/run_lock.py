@@ -40,6 +40,7 @@ LOCK = "run.lock"
 BEAT_SECONDS = 15.0
 #: Longer than a network file system delays a touch and than a busy rank delays a heartbeat.
 DEAD_SECONDS = 120.0
+POLL_SECONDS = 1.0
 MAX_BYTES = 1 << 16
 _ATTEMPTS = 10
 _Count = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -185,14 +186,33 @@ class Lock:
 def acquire(folder: Path, report: Callable[[str], None]) -> Lock:
     """Acquire the lock of an output folder; call ``report`` after a takeover from a dead holder.
 
+    A Slurm job may start seconds after another one was killed, and nobody starts it again. It waits
+    until the holder is certainly dead, or has sent a heartbeat.
+
     Raises:
         BadInput: another process that may be alive holds the lock.
     """
     holder = Holder.here()
+    _wait_for_heartbeat(folder / LOCK, holder, report)
     previous = _acquire(folder / LOCK, holder)
     if previous is not None:
         report(f"the lock of {folder} was taken over from {previous}")
     return Lock(folder / LOCK, holder)
+
+
+def _wait_for_heartbeat(path: Path, ours: Holder, report: Callable[[str], None]) -> None:
+    """In a Slurm job, wait while the lock of another job is neither touched nor stale."""
+    file = _read(path)
+    if ours.job is None or file is None or file.holder is None or file.holder.job == ours.job:
+        return
+    if file.holder.is_local_to(ours):
+        return
+    reported = False
+    while file.why_dead(ours, _file_system_time(path.parent)) is None and _read(path) == file:
+        if not reported:
+            reported = True
+            report(f"{path} is held by {file}; waiting for its next heartbeat")
+        time.sleep(POLL_SECONDS)
 
 
 def _acquire(path: Path, ours: Holder) -> str | None:
