@@ -168,11 +168,53 @@ def test_mlp_start() -> None:
     assert not torch.equal(make_mlp(seed=1)(), encoder())
     # torch's own start for nn.Linear: uniform within 1/sqrt(in_features).
     reference = torch.nn.Linear(400, 300)
-    ours = MLPEncoder(torch.zeros(1, 400), 300, torch.Generator().manual_seed(0)).mlp_head[0]
+    ours = MLPEncoder(torch.ones(1, 400), 300, torch.Generator().manual_seed(0)).mlp_head[0]
     assert isinstance(ours, torch.nn.Linear)
     for a, b in ((ours.weight, reference.weight), (ours.bias, reference.bias)):
         assert a.abs().max() <= 1 / 20
         torch.testing.assert_close(a.std(), b.std(), rtol=0.15, atol=0)
+
+
+def similar_tokens(num_tokens: int, hidden_size: int) -> torch.Tensor:
+    """Embeddings as of a text: they have a part in common."""
+    generator = torch.Generator().manual_seed(3)
+    common = torch.randn(1, hidden_size, generator=generator)
+    return 0.1 * (common + torch.randn(num_tokens, hidden_size, generator=generator))
+
+
+def test_hidden_units_of_the_mlp_are_standardized_over_the_tokens() -> None:
+    encoder = MLPEncoder(similar_tokens(20, 64), 96, torch.Generator().manual_seed(0))
+    for depth in (1, 3):
+        drawn_PE = encoder.mlp_head[:depth](encoder.embedding.weight).detach()
+        bound = drawn_PE.mean(0).abs().max()
+        assert bound <= 1 / 64**0.5, "more than torch's bias"
+        assert float((drawn_PE - drawn_PE.mean(0)).square().mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_the_first_update_of_the_mlp_moves_each_token_along_its_gradient() -> None:
+    """Adam's first update; with torch's initialization, the cosine is 0.2."""
+    init = similar_tokens(20, 64)
+    encoder = MLPEncoder(init, 64, torch.Generator().manual_seed(0))
+    encoder.start_at(init)
+    gradient = torch.randn(init.shape, generator=torch.Generator().manual_seed(1))
+    before = encoder()
+    before.backward(gradient)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            assert parameter.grad is not None
+            parameter -= 1e-5 * parameter.grad.sign()
+        moved = encoder() - before
+    cosine = torch.nn.functional.cosine_similarity(-moved.flatten(), gradient.flatten(), dim=0)
+    assert float(cosine) > 0.45
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_equal_tokens_leave_the_mlp_as_drawn(num_tokens: int) -> None:
+    init = similar_tokens(1, 64).expand(num_tokens, 64).clone()
+    encoder = MLPEncoder(init, 64, torch.Generator().manual_seed(0))
+    encoder.start_at(init)
+    torch.testing.assert_close(encoder(), init)
+    assert all(parameter.abs().max() <= 1 for parameter in encoder.mlp_head.parameters())
 
 
 def test_embedding_is_its_virtual_tokens() -> None:

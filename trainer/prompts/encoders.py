@@ -21,6 +21,8 @@ from trainer.config import Prompt
 from trainer.prompts.initializers import Vocabulary
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+#: Virtual tokens whose hidden units differ by less, relative to their size, are equal.
+EQUAL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,28 @@ class MLPEncoder(HeadEncoder):
             nn.ReLU(),
             uniform_linear(encoder_hidden_size, hidden_size, generator),
         )
+        self._standardize()
+
+    @torch.no_grad()
+    def _standardize(self) -> None:
+        """Standardize the hidden units over the virtual tokens (arXiv 1602.07868, section 3).
+
+        With torch's initialization, the hidden units of all tokens are nearly equal: an update
+        would move all virtual tokens alike, hardly in the direction of their gradients. Tokens
+        that are equal, such as a single one, have nothing to standardize.
+        """
+        hidden_PE = self.embedding.weight
+        layers = list(self.mlp_head)
+        for layer, activation in zip(layers[:-1:2], layers[1::2], strict=True):
+            assert isinstance(layer, nn.Linear), layer
+            drawn_PE = hidden_PE @ layer.weight.T
+            mean_E = drawn_PE.mean(0)
+            deviation = _root_mean_square(drawn_PE - mean_E)
+            if deviation < EQUAL * _root_mean_square(drawn_PE):
+                return
+            layer.weight.div_(deviation)
+            layer.bias.sub_(mean_E / deviation)
+            hidden_PE = activation(layer(hidden_PE))
 
 
 def uniform_linear(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
