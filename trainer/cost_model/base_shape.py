@@ -16,7 +16,7 @@ ITEMSIZES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
 }
 #: Stored tensors that are not weights: scales of quantized weights, buffers.
 _NO_WEIGHT = re.compile(
@@ -31,6 +31,7 @@ _TABLE = re.compile(
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _LAYER = re.compile(r"\.(\d+)\.")
+#: Experts by name; those of Granite are named like other layers, but stacked in three dimensions.
 _EXPERT = re.compile(r"\.experts?\b.*\.(\d+)\.|\.experts\.")
 #: Layers that choose experts; transformers keeps them in floating point.
 _ROUTER = re.compile(r"\.(gate|router|router\.(layer|classifier))\.weight$")
@@ -164,6 +165,7 @@ def read_base_shape(
     num_layers: int,
     itemsize: int,
     tied: bool,
+    own_head: bool = False,
     experts: tuple[int, int] = (0, 0),
 ) -> BaseShape:
     """Derive the sizes of a base from the headers of its weight files.
@@ -171,7 +173,8 @@ def read_base_shape(
     Args:
         itemsize: bytes per element of the compute type.
         tied: config.json ties the head to the embeddings.
-        experts: number of experts, and how many of them a token uses.
+        own_head: a head that is stored nevertheless is a different one.
+        experts: number of experts, and how many of them a token uses, without shared ones.
 
     Raises:
         BadInput: the tables are missing.
@@ -184,6 +187,8 @@ def read_base_shape(
     words = [key for key in tables if key not in heads]
     if not words and tied:
         words = heads
+    elif heads and own_head:
+        tied = False
     if len(words) != 1 or not (tied or heads):
         raise BadInput(
             f"base.model: the headers of {name!r} do not name one table of embeddings and a head "
@@ -228,7 +233,7 @@ class _Reader:
         int8 = self.settings.quantization == "int8"
         stored = 1 if int8 else min(ITEMSIZES.get(header.type, 4), self.itemsize)
         used, (count, chosen) = 1.0, self.experts
-        if count and _EXPERT.search(key):
+        if count and (len(header.shape) > 2 or _EXPERT.search(key)):
             used = chosen / count
         rows = elements // self._inputs(key, header) if int8 else 0
         return Weight(

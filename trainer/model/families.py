@@ -36,6 +36,7 @@ class Family:
         scale_of_ids: setting of config.json that scales embeddings of token ids, but not virtual
             tokens; empty if the model scales both or neither.
         no_prefix_tuning: reason why prefix tuning is not supported; empty if it is supported.
+        shared_expert: an MLP of intermediate_size beside the experts, without a setting of its own.
         mlp_tensors, norm_inputs, wide_norms, layer_norm, query_norms, keeps_scores: activations
             that a layer saves for backward, see ``trainer.packing.activation_memory.LayerSizes``.
             The defaults describe a gated MLP and norms of the layer, queries and keys; see
@@ -48,6 +49,7 @@ class Family:
     refused: dict[str, str] = field(default_factory=dict)
     scale_of_ids: str = ""
     no_prefix_tuning: str = ""
+    shared_expert: bool = False
     mlp_tensors: int = 2
     norm_inputs: int = 2
     wide_norms: bool = False
@@ -81,8 +83,10 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("arcee", "jais2", "nemotron"), Family(mlp_tensors=1)),
     **dict.fromkeys(("bloom", "gptj"), Family(cached_attention="eager", mlp_tensors=1)),
     **dict.fromkeys(("codegen", "gpt_neo"), Family(cached_attention="eager")),
-    **dict.fromkeys(("deepseek_v2", "glm4_moe_lite"), Family(no_prefix_tuning=_TWO_SIZES)),
-    "deepseek_v3": Family(no_prefix_tuning=_TWO_SIZES, norm_inputs=3),
+    **dict.fromkeys(
+        ("deepseek_v2", "glm4_moe_lite"), Family(no_prefix_tuning=_TWO_SIZES, norm_inputs=3)
+    ),
+    "deepseek_v3": Family(no_prefix_tuning=_TWO_SIZES, norm_inputs=4),
     "diffllama": Family(
         no_prefix_tuning="it pairs the heads of its values after the cache", norm_inputs=7
     ),
@@ -114,8 +118,8 @@ FAMILIES: dict[str, Family] = {
         layer_norm=True,
     ),
     "gpt_oss": Family(cached_attention="eager", mlp_tensors=6, wide_norms=True, keeps_scores=True),
-    "hunyuan_v1_moe": Family(mlp_tensors=4, norm_inputs=3),
-    "llama4_text": Family(norm_inputs=4),
+    "hunyuan_v1_moe": Family(shared_expert=True, norm_inputs=3),
+    "llama4_text": Family(shared_expert=True, norm_inputs=4),
     "mpt": Family(
         packed=False,
         cached_attention="eager",
@@ -145,6 +149,13 @@ FAMILIES: dict[str, Family] = {
 
 #: Activation functions that transformers computes in several operations, each saving an input.
 SLOW_GELUS = {"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"}
+
+#: Settings for the MLPs beside the experts: their width together; their number, of experts' width.
+_SHARED_WIDTHS = (
+    *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+    "shared_intermediate_size",
+)
+_SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 #: Oldest release of transformers with which a family is known to pass its tests, if newer than the
 #: oldest supported one; and the first that has the multimodal container of a supported text model.
@@ -290,6 +301,10 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     if latent := _first(config, "qk_nope_head_dim"):  # keys are computed from a smaller state
         head_size = int(latent) + int(config.qk_rope_head_dim)
     key_heads = int(_first(config, "num_key_value_heads", "num_kv_heads") or heads)
+    if _first(config, "new_decoder_architecture"):  # Falcon-40B repeats keys for each query head
+        key_heads = heads
+    elif _first(config, "multi_query"):  # Falcon-7B
+        key_heads = 1
     experts = int(_first(config, "num_experts_per_tok", "top_k_experts") or 0)
     dense = getattr(config, "enable_moe_block", None)  # Gemma 4: a dense MLP beside the experts
     if not getattr(config, "is_moe", True) or dense is False:
@@ -297,10 +312,10 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
     widths: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     widths = ("moe_intermediate_size", *widths) if experts else widths
     width = int(_first(config, *widths) or (_first(config, "expansion_ratio") or 4) * hidden)
-    # Experts shared by all tokens are added to the selected ones.
-    shared = -(-int(_first(config, "shared_expert_intermediate_size") or 0) // width)
-    shared += -(-int(config.intermediate_size) // width) if dense else 0
-    shared += _first(config, "n_shared_experts", "num_shared_experts", "num_shared_expert") or 0
+    shared = int(_first(config, *_SHARED_WIDTHS) or 0)
+    shared = shared or width * int(_first(config, *_SHARED_COUNTS) or 0)
+    if dense or family.shared_expert:
+        shared = int(config.intermediate_size)
     recurrent, recurrent_work = _recurrent_sizes(config) if family.recurrent else (0, 0)
     slow = _first(config, "hidden_act", "activation_function", "hidden_activation") in SLOW_GELUS
     return LayerSizes(
@@ -315,7 +330,8 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
         wide_norms=family.wide_norms,
         layer_norm=family.layer_norm,
         query_norms=family.query_norms,
-        experts_per_token=experts + shared,
+        experts_per_token=experts,
+        shared_width=shared if experts else 0,
         keeps_scores=family.keeps_scores,
         recurrent=recurrent,
         recurrent_work=recurrent_work,

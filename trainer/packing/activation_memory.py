@@ -52,7 +52,8 @@ class LayerSizes:
         wide_norms: norms save fp32, also if the compute type is bfloat16.
         layer_norm: LayerNorm instead of RMSNorm; queries and keys have no norms.
         query_norms: queries and keys have norms, or their inputs are saved for other reasons.
-        experts_per_token: 0 without experts.
+        experts_per_token: chosen for a token; 0 without experts.
+        shared_width: width of the MLPs beside the experts, which compute all tokens.
         keeps_scores: attention saves its scores (capped, or with sinks).
         recurrent: fp32 elements per token that a recurrent layer saves, in transformers' reference
             implementation.
@@ -71,6 +72,7 @@ class LayerSizes:
     layer_norm: bool = False
     query_norms: bool = True
     experts_per_token: int = 0
+    shared_width: int = 0
     keeps_scores: bool = False
     recurrent: int = 0
     recurrent_work: int = 0
@@ -78,7 +80,7 @@ class LayerSizes:
     @property
     def mlp(self) -> int:
         """Elements per token of one tensor inside the MLP."""
-        return self.mlp_width * max(1, self.experts_per_token)
+        return self.mlp_width * max(1, self.experts_per_token) + self.shared_width
 
 
 @dataclass(frozen=True)
