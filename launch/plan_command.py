@@ -115,9 +115,9 @@ def plan_arguments(
     Raises:
         BadInput: with every number that is not possible.
     """
-    per_node = gpus_per_node or (gpus if cpu else min(gpus, 8))
+    per_node = (gpus if cpu else min(gpus, 8)) if gpus_per_node is None else gpus_per_node
     problems = []
-    numbers = (("--gpus", gpus), ("--gpus-per-node", per_node), ("--row-tokens", row_tokens))
+    numbers = (("--gpus", gpus), ("--gpus-per-node", gpus_per_node), ("--row-tokens", row_tokens))
     for name, number in (*numbers, ("--tflops", tflops), ("--bandwidth", bandwidth)):
         if number is not None and not 0 < number < float("inf"):
             problems.append(f"{name}: {number} must be above 0")

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from launch import plan_command
 from launch.commands import app
 from launch.plan_command import plan_arguments
+from tests.quantized_folders import FORMATS, quantize_folder
 from trainer.commands import plan as command
 from trainer.config import Base, load
 from trainer.cost_model import hardware
@@ -46,13 +47,19 @@ CPU = torch.device("cpu")
 #: Families that differ in names, biases, fused or transposed matrices, experts and their routers.
 PLANNED = (
     *("llama", "qwen2", "gemma3", "phi3", "gpt2", "gpt_neox", "opt-projected", "falcon-grouped"),
-    *("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4", "qwen2_vl"),
+    *("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4", "qwen2_vl", "granitemoeshared"),
+    # Containers whose text config names no tied head, or another than the container.
+    *("qwen2_5_vl", "glm4v", "qwen3_vl_moe"),
 )
 
 
 @pytest.mark.parametrize("case", PLANNED)
 def test_sizes_from_headers_are_those_of_the_model(family: Callable[..., Path], case: str) -> None:
-    settings = Base(model=str(family(case)))
+    check_sizes(Base(model=str(family(case))))
+
+
+def check_sizes(settings: Base) -> None:
+    """Compare sizes from headers with those of the model that a run builds."""
     shape, _, _ = open_base_shape(settings, itemsize=4)
     model = build_meta_model(open_base(settings), settings, torch.float32, CPU)
     built, from_headers = base_size(model, torch.float32), shape.size
@@ -61,6 +68,15 @@ def test_sizes_from_headers_are_those_of_the_model(family: Callable[..., Path], 
     for ranks in (1, 2, 4):
         expected = expected_base_bytes(model, torch.float32, ranks)
         assert shape.resident_bytes(ranks) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+@pytest.mark.parametrize("form", ["fp8 per tensor, compressed", "packed int8 per group"])
+def test_sizes_of_quantized_weights_are_those_of_the_model(
+    family: Callable[..., Path], tmp_path: Path, form: str, quantization: str
+) -> None:
+    quantize_folder(family("llama"), FORMATS[form], tmp_path / "base", tmp_path / "plain")
+    check_sizes(Base(model=str(tmp_path / "base"), quantization=quantization))
 
 
 def write_base(folder: Path, layers: int, hidden: int, mlp: int, vocab: int) -> Path:
@@ -180,7 +196,8 @@ def test_terms_of_int8_activations_cost_products(run_file: Path) -> None:
 def test_cpu_ranks_of_a_node_gather_large_bases_from_shared_memory(run_file: Path) -> None:
     def option(stored: float, nodes: list[int], **rates: Any) -> Option:
         config = load(run_file, ["engine.shard_group=world"])
-        device = replace(cpu_device(2, CpuRates(1e11, 4e11, 2e10, 1e10, 4e9)), **rates)
+        device = cpu_device(2, CpuRates(1e11, 4e11, 2e10, 1e10, 4e9))
+        device = replace(device, memory_bytes=64_000_000_000, **rates)
         base, text, _ = open_base_shape(config.base, device.itemsize)
         needs = needs_of_row_tokens(config, 512, base, text, int(stored))
         return plan_run(needs, device, nodes).options[-1]
@@ -263,6 +280,18 @@ def test_json_has_the_keys_of_the_design(
     assert option["gpu_hours"] == pytest.approx(16 * option["hours"])
 
 
+def test_large_numbers_are_printed_without_exponents(
+    tmp_path: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = f"base.model={write_base(tmp_path / 'base', 126, 16_384, 53_248, 128_256)}"
+    arguments = plan_arguments(str(run_file), [base], 8, 8, gpu="h100-80gb", row_tokens=512)
+    assert command.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert ": 406 billion parameters, 410 GB" in text
+    assert re.search(r" [1-9],\d{3} GB gathered per device", text)
+    assert "e+" not in text
+
+
 def test_rows_determine_the_plan_without_row_tokens(
     family: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -299,6 +328,7 @@ def test_bad_hardware_is_refused_before_anything_is_read(tmp_path: Path) -> None
 
     unknown = problems(gpu="h100", network="ndrr")
     assert "--gpu: 'h100' is not known" in unknown
+    assert "(did you mean h100-pcie or h100-80gb?)" in unknown
     assert "v100-32gb, t4, a10" in unknown
     assert "--network: 'ndrr' is not known (did you mean 'ndr'?)" in unknown
     assert "--gpu: name a GPU, give --gpu-memory" in problems(tflops=100.0)
@@ -310,6 +340,8 @@ def test_bad_numbers_are_refused() -> None:
     with pytest.raises(BadInput) as error:
         plan_arguments("run.yaml", [], 12, 8, bandwidth=-1.0, gpu_memory="big", cpu=True)
     text = str(error.value)
+    with pytest.raises(BadInput, match=r"^--gpus-per-node: 0 must be above 0$"):
+        plan_arguments("run.yaml", [], 8, 0, gpu="h200")
     for part in ("--bandwidth: -1.0", "8 does not divide --gpus 12", "'big'", "--cpu: describes"):
         assert part in text
 
@@ -339,12 +371,30 @@ def test_bases_without_sizes_or_of_other_kinds_are_refused(
     assert "has no hidden_size, num_hidden_layers" in reason(
         hidden_size=None, num_hidden_layers=None
     )
-    assert "whose sizes plan does not know" in reason(quantization_config={"quant_method": "fp8"})
+    assert "are stored in awq, not supported" in reason(quantization_config={"quant_method": "awq"})
     with pytest.raises(BadInput, match="does not know the sizes of family 'mamba2'"):
         open_base_shape(Base(model=str(family("mamba2"))), 2)
     (tmp_path / "base.gguf").touch()
     with pytest.raises(BadInput, match="is a GGUF file"):
         open_base_shape(Base(model=str(tmp_path / "base.gguf")), 2)
+
+
+def test_what_the_base_does_not_support_is_refused(
+    run_file: Path, family: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def problem(*overrides: str, row_tokens: int = 64) -> str:
+        arguments = plan_arguments(
+            str(run_file), overrides, 8, None, gpu="h200", row_tokens=row_tokens
+        )
+        return problems_of(capsys, arguments)
+
+    latent = f"base.model={family('deepseek_v2')}"
+    assert "prefix_tuning cannot train" in problem(latent, "prompts.p.method=prefix_tuning")
+    tied = f"base.model={family('llama')}"
+    assert "base.head: keep, but base.embeddings: int8" in problem(tied, "base.embeddings=int8")
+    both = ("base.quantization=none", "base.head=int8")
+    assert "base.quantization: none, but" in problem(*both)
+    assert "use at most 8172" in problem("prompts.p.num_virtual_tokens=20", row_tokens=8173)
 
 
 def test_offloaded_shards_are_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,9 +108,18 @@ def _needs(config: RunConfig, device: Device, row_tokens: int | None) -> RunNeed
     from trainer.cost_model.base_headers import open_base_shape
     from trainer.cost_model.run_needs import needs_of_row_tokens, needs_of_tasks
     from trainer.model.base_tokenizer import open_tokenizer
+    from trainer.model.families import check_prefix_tuning, context_length
 
     base, text, stored = open_base_shape(config.base, device.itemsize)
+    if any(prompt.entry.trains_prefix for prompt in config.prompts):
+        check_prefix_tuning(text, config.base.model)
     if row_tokens is not None:
+        virtual = max(prompt.num_virtual_tokens for prompt in config.prompts)
+        if row_tokens + virtual > (context := context_length(text)):
+            raise BadInput(
+                f"--row-tokens: {row_tokens} tokens after {virtual} virtual ones are more than the "
+                f"base's context of {context}; use at most {context - virtual}"
+            )
         return needs_of_row_tokens(config, row_tokens, base, text, stored)
     config, tasks = tokenize_rows(config, open_tokenizer(config.base))
     return needs_of_tasks(config, tasks, base, text, stored)

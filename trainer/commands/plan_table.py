@@ -9,6 +9,10 @@ _HEAD = (
     " ranks  ------- GB per device -------         packed    useful          limited\n"
     "/copy    base  kept activ other total  fits   tokens  tokens/s    time  by"
 )
+_LEGEND = (
+    "\nranks/copy: devices that share one copy of the base. kept: layers gathered at a\n"
+    "time, or until the step ends. packed tokens: the longest micro-batch."
+)
 
 
 def print_plan(plan: RunPlan, needs: RunNeeds) -> None:
@@ -18,12 +22,14 @@ def print_plan(plan: RunPlan, needs: RunNeeds) -> None:
     parameters = sum(w.elements for w in (*needs.base.weights, *needs.base.tables))
     memory = (plan.device.memory_bytes + plan.device.context_bytes) / 1e9
     model = printable(needs.config.base.model)
-    print(f"{model}: {_short(parameters)} parameters, {needs.base.size.total_bytes / 1e9:,.3g} GB")
-    print(f"{world} x {plan.device.name} ({memory:,.3g} GB each) on {where}\n")
+    stored = _number(needs.base.size.total_bytes / 1e9)
+    print(f"{model}: {_count(parameters)} parameters, {stored} GB")
+    print(f"{world} x {plan.device.name} ({_number(memory)} GB each) on {where}\n")
     print(_HEAD)
     for index, option in enumerate(plan.options):
         mark = "*" if index == plan.recommended else " "
         print(f"{mark}{_line(option)}")
+    print(_LEGEND)
     best = plan.options[plan.recommended]
     configured = plan.options[plan.configured]
     print(
@@ -36,15 +42,15 @@ def print_plan(plan: RunPlan, needs: RunNeeds) -> None:
 def _print_details(option: Option) -> None:
     cost, checkpointing = option.cost, "on" if option.budget.checkpointing else "off"
     print(
-        f"  a step: {option.step_seconds:,.3g} s, {_short(cost.flops)}FLOPs and "
-        f"{cost.gathered_bytes / 1e9:,.3g} GB gathered per device\n"
+        f"  a step: {_number(option.step_seconds)} s, {_short(cost.flops)}FLOPs and "
+        f"{_number(cost.gathered_bytes / 1e9)} GB gathered per device\n"
         f"  {cost.micro_batches} micro-batch(es), gradient checkpointing {checkpointing}, "
         f"{option.roofline_share:.0%} of the devices' peak"
     )
     phases = ", ".join(f"{name} {_time(s)}" for name, s in option.seconds.items() if s >= 0.5)
     print(f"  {phases}")
     print(
-        f"  {option.hours:,.3g} h, {option.hours * option.world_size:,.3g} device-hours; "
+        f"  {_number(option.hours)} h, {_number(option.hours * option.world_size)} device-hours; "
         f"Slurm: --time {option.limit}"
     )
     if not option.fits:
@@ -60,6 +66,17 @@ def _line(option: Option) -> str:
         f"{option.shard_group:>4}  {columns:>29}  {'yes' if option.fits else 'NO':>4} "
         f"{option.budget.tokens:>8,} {option.useful_tokens_per_second:>9,.0f} "
         f"{_time(3600 * option.hours):>7}  {option.limited_by.removesuffix(' fabric')}"
+    )
+
+
+def _number(value: float) -> str:
+    """Three digits, without exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _count(number: float) -> str:
+    return (
+        f"{_number(number / 1e9)} billion" if number >= 1e9 else f"{_number(number / 1e6)} million"
     )
 
 

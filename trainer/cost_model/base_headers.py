@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trainer.model import hub
 from trainer.model.base_tokenizer import GGUF, local_path, read_model_config
 from trainer.model.families import family_of, layer_sizes
 from trainer.model.model_folder import INDEX, SINGLE, check_folder, read_config, read_index
+from trainer.model.quantization_config import check_table_storage
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import parse_json
 
@@ -31,6 +33,12 @@ _SIZES = (
 )
 #: Settings of config.json with the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: Tensors beside quantized values: scales, zero points, shapes, orders of columns.
+_BESIDE_VALUES = re.compile(
+    r"(_scale|_scale_inv|\.scale|\.qscale_(weight|act)|_zero_point|\.weight_shape|\.weight_g_idx)$"
+)
+#: Values of MXFP4 in a byte, and 8-bit values in a packed int32.
+_FP4_IN_BYTE, _INT8_IN_WORD = 2, 4
 
 
 def open_base_shape(settings: Base, itemsize: int) -> tuple[BaseShape, PretrainedConfig, int]:
@@ -51,36 +59,32 @@ def open_base_shape(settings: Base, itemsize: int) -> tuple[BaseShape, Pretraine
     folder = path or hub.fetch(settings, ["config.json"], download=True)
     if path is not None:
         check_folder(folder, settings.model)
-    _check_sizes(folder / "config.json")
     config, quantization = read_model_config(folder, settings.model)
-    if quantization is not None and not quantization.get("load_in_8bit"):
-        raise BadInput(
-            f"base.model: the weights of {settings.model!r} are stored in "
-            f"{quantization.get('quant_method')}, whose sizes plan does not know; give the release "
-            "in 16 bits, which takes the same memory in a run"
-        )
     text = config.get_text_config()
+    _check_family(text, settings.model)
+    _check_sizes(folder / "config.json")
     headers = dict(_local_headers(folder) if path is not None else hub.read_headers(settings))
     tensors = {name: Header(kind, tuple(shape)) for name, (kind, shape, _) in headers.items()}
-    shape = base_shape_of(tensors, text, settings, itemsize)
+    if quantization is not None and not quantization.get("load_in_8bit"):
+        tensors = headers_of_values(tensors)
+    shape = base_shape_of(tensors, config, settings, itemsize)
+    check_table_storage(settings, tied=shape.head is shape.embedding)
     return shape, text, sum(num_bytes for _, _, num_bytes in headers.values())
 
 
 def base_shape_of(
-    headers: Mapping[str, Header], text: PretrainedConfig, settings: Base, itemsize: int
+    headers: Mapping[str, Header], config: PretrainedConfig, settings: Base, itemsize: int
 ) -> BaseShape:
-    """Derive the sizes of a base from the headers of its tensors and its text config.
+    """Derive the sizes of a base from the headers of its tensors and its config.
+
+    Args:
+        config: of the folder: of a text model or its multimodal container.
 
     Raises:
         BadInput: the sizes of the family do not follow from headers.
     """
-    family = family_of(text, settings.model)
-    if text.model_type in UNPLANNED or family.recurrent or not family.packed:
-        raise BadInput(
-            f"base.model: plan does not know the sizes of family {text.model_type!r} (recurrent "
-            "layers, padded rows or inputs per layer); measure a short run: promptshard train "
-            "RUN.yaml training.steps=20"
-        )
+    text = config.get_text_config()
+    _check_family(text, settings.model)
     count = next((int(n) for key in _EXPERTS if (n := getattr(text, key, None))), 0)
     return read_base_shape(
         headers,
@@ -88,9 +92,40 @@ def base_shape_of(
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         itemsize=itemsize,
-        tied=bool(text.tie_word_embeddings),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        own_head=not getattr(text, "tie_word_embeddings", True),
         experts=(count, layer_sizes(text).experts_per_token),
     )
+
+
+def _check_family(text: PretrainedConfig, name: str) -> None:
+    family = family_of(text, name)
+    if text.model_type in UNPLANNED or family.recurrent or not family.packed:
+        raise BadInput(
+            f"base.model: plan does not know the sizes of family {text.model_type!r} (recurrent "
+            "layers, padded rows or inputs per layer); measure a short run: promptshard train "
+            "RUN.yaml training.steps=20"
+        )
+
+
+def headers_of_values(headers: Mapping[str, Header]) -> dict[str, Header]:
+    """Headers of the values of a quantized checkpoint, which a run converts to its own types."""
+    values = {}
+    for name, header in headers.items():
+        *rows, last = header.shape or (1,)
+        blocks, packed = name.removesuffix("_blocks"), name.removesuffix("_packed")
+        if _BESIDE_VALUES.search(name) or f"{name.removesuffix('_scales')}_blocks" in headers:
+            continue
+        if blocks != name:
+            *rows, groups = rows
+            values[blocks] = Header("F32", (*rows, groups * last * _FP4_IN_BYTE))
+        elif packed != name:
+            values[packed] = Header("F32", (*rows, last * _INT8_IN_WORD))
+        elif header.type.startswith("F8") or header.type == "I8":
+            values[name] = Header("F32", header.shape)
+        else:
+            values[name] = header
+    return values
 
 
 def _check_sizes(path: Path) -> None:

@@ -137,8 +137,10 @@ Entry = TypeVar("Entry")
 def _entry(option: str, name: str, entries: Mapping[str, Entry]) -> Entry:
     if name.lower() in entries:
         return entries[name.lower()]
+    longer = [entry for entry in entries if entry.startswith(name.lower())]
+    hint = f" (did you mean {' or '.join(longer)}?)" if longer else did_you_mean(name, [*entries])
     raise BadInput(
-        f"{option}: {name!r} is not known{did_you_mean(name, list(entries))}; known: "
+        f"{option}: {name!r} is not known{hint}; known: "
         f"{', '.join(entries)}; add others with --hardware FILE"
     )
 

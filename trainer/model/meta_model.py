@@ -24,6 +24,7 @@ from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.moe import FrozenExperts, is_experts
 from trainer.model.llama4 import adapt_llama4, scale_queries
 from trainer.model.per_layer_inputs import per_layer_table
+from trainer.model.quantization_config import check_table_storage
 from trainer.model.safetensors_reader import SafetensorsReader, scales_name
 from trainer.model.tensor_locations import TensorLocation, locate_parameters
 from trainer.model.transformers_model import build_transformers_model
@@ -114,20 +115,11 @@ def _quantize_ends(
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {module: path for path, module in model.named_modules()}
     tied = model.config.tie_word_embeddings
-    if tied and settings.embeddings != settings.head:
-        raise BadInput(
-            f"base.head: {settings.head}, but base.embeddings: {settings.embeddings}, and this "
-            "model's head is its embedding table; give both the same value"
-        )
+    check_table_storage(settings, tied=tied)
     tables = [(embedding, settings.embeddings), (head, settings.head)]
     if of_layers := per_layer_table(model):
         tables.append((of_layers, settings.embeddings))
     for layer, setting in tables:
-        if setting == "int8" and settings.quantization != "int8":
-            raise BadInput(
-                f"base.quantization: {settings.quantization}, but base.embeddings or base.head is "
-                "int8; use quantization: int8"
-            )
         source = embedding if tied and layer is head else layer
         stored = is_stored_int8(f"{paths[source]}.weight")
         if setting == "int8" or (stored and settings.quantization == "int8"):

@@ -1,10 +1,11 @@
-"""Which quantization settings of config.json can be read. Imports no torch."""
+"""Which quantization settings, of config.json and the run file, are possible. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from trainer.config import Base
 from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -16,6 +17,24 @@ _COMPRESSED_FORMATS = (
 )
 #: Methods whose weights are 8-bit values and scales.
 SCALED_METHODS = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors")
+
+
+def check_table_storage(settings: Base, *, tied: bool) -> None:
+    """Raise BadInput if embeddings and head cannot be stored as the run file sets.
+
+    Args:
+        tied: the head of the model is its embedding table.
+    """
+    if tied and settings.embeddings != settings.head:
+        raise BadInput(
+            f"base.head: {settings.head}, but base.embeddings: {settings.embeddings}, and this "
+            "model's head is its embedding table; give both the same value"
+        )
+    if "int8" in (settings.embeddings, settings.head) and settings.quantization != "int8":
+        raise BadInput(
+            f"base.quantization: {settings.quantization}, but base.embeddings or base.head is "
+            "int8; use quantization: int8"
+        )
 
 
 def accept_quantization(config: PretrainedConfig, name: str) -> dict[str, Any] | None:
