@@ -30,6 +30,7 @@ from tests.tokenizers_of_families import BYTE_LEVEL, SENTENCE_PIECE, make_tokeni
 from tests.unit.saved_run import save_run
 from trainer.commands.serve import access
 from trainer.commands.serve.answers import Answers, ChatAnswers, CompletionAnswers
+from trainer.commands.serve.app import event
 from trainer.commands.serve.metrics import Metrics
 from trainer.commands.serve.options import Options, parse
 from trainer.commands.serve.program import HttpServer
@@ -347,6 +348,13 @@ def test_200_requests_at_the_same_time_leave_nothing(world: World, server: Runni
     decoder = server.service.decoder
     assert (decoder.rows, decoder.num_running, decoder.num_waiting) == (0, 0, 0)
     assert not any(TEXTS[0] in line or TOKEN in line for line in server.lines)
+
+
+def test_an_event_is_one_line_for_clients_that_split_at_all_line_ends() -> None:
+    value = {"text": "é \x0b\x0c\x1c\x85\u2028\u2029\r\n."}
+    line, end = event(value).splitlines()
+    assert (json.loads(line.removeprefix("data: ")), end) == (value, "")
+    assert "é" in line
 
 
 def test_metrics_are_in_the_format_of_prometheus(server: Running) -> None:

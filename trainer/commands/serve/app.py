@@ -24,6 +24,8 @@ from trainer.inference.stream_text import FinishReason
 MAX_PROBLEMS = 5
 #: Status in metrics and logs of a request whose client has disconnected, as in nginx.
 CLIENT_CLOSED = 499
+#: Line ends of Unicode that JSON does not escape.
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
 def make_app(service: Service, metrics: Metrics) -> FastAPI:
@@ -113,16 +115,22 @@ async def _events(
 ) -> AsyncIterator[str]:
     async for number, piece in submission.pieces():
         if (problem := _problem(piece.finish)) is not None:
-            yield _event(problem.body())
+            yield event(problem.body())
             return
-        yield _event(answers.chunk(number, piece))
+        yield event(answers.chunk(number, piece))
     if includes_usage:
-        yield _event(answers.usage_chunk())
+        yield event(answers.usage_chunk())
     yield "data: [DONE]\n\n"
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def event(value: dict[str, Any]) -> str:
+    """Return a server-sent event.
+
+    Line ends of Unicode are escaped: some clients end a line of the stream there, such as httpx's
+    ``iter_lines``.
+    """
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {data.translate(_LINE_ENDS)}\n\n"
 
 
 def _problem(finish: FinishReason | None) -> ApiError | None:
