@@ -31,6 +31,7 @@ from tests.unit.saved_run import save_run
 from trainer.commands.serve import access
 from trainer.commands.serve.answers import Answers, ChatAnswers, CompletionAnswers
 from trainer.commands.serve.app import event
+from trainer.commands.serve.bodies import CompletionBody
 from trainer.commands.serve.metrics import Metrics
 from trainer.commands.serve.options import Options, parse
 from trainer.commands.serve.program import HttpServer
@@ -385,6 +386,14 @@ def test_metrics_are_in_the_format_of_prometheus(server: Running) -> None:
 
 def body(**changes: Any) -> bytes:
     return json.dumps({"model": "base", "prompt": "Hello", "max_tokens": 2} | changes).encode()
+
+
+def test_the_limit_of_the_server_leaves_more_room_for_the_input(world: World) -> None:
+    service = replace(world.service(Limits()), max_tokens=2)
+    room = world.files.context_length - service.models["base"].task.max_new_tokens
+    (request,) = service.completions(CompletionBody(model="base", prompt=" a" * (room + 5)))
+    assert len(request.input_ids) > room
+    assert request.max_new_tokens == 2
 
 
 MESSAGE = {"role": "user", "content": "x"}

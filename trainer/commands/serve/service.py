@@ -87,7 +87,8 @@ class Service:
 
     def completions(self, body: CompletionBody) -> list[GenerationRequest]:
         """Return one request per text; a text fills the task's template if it has one column."""
-        model, limit = self.model(body.model), self._limit(body)
+        model = self.model(body.model)
+        limit = self._limit(model, body)
         requests = []
         for text in body.prompt:
             with_text = (self.files, model.task, text, model.prompt, model.position)
@@ -95,12 +96,13 @@ class Service:
                 request = text_request(*with_text, limit, self.date)
             except BadInput as error:
                 raise _as_api_error(error, "prompt") from None
-            requests.append(self._limited(request, body))
+            requests.append(_with_stops(request, body))
         return requests
 
     def chat(self, body: ChatBody) -> GenerationRequest:
         """Return the request for the next answer of a dialogue."""
-        model, limit = self.model(body.model), self._limit(body)
+        model = self.model(body.model)
+        limit = self._limit(model, body)
         if not self.files.tokenizer.chat_template:
             raise invalid(
                 "the base has no chat template; use /v1/completions, or train with "
@@ -119,25 +121,27 @@ class Service:
             request = dialogue_request(*dialogue, limit, self.date)
         except BadInput as error:
             raise _as_api_error(error, "messages") from None
-        return self._limited(request, body)
+        return _with_stops(request, body)
 
-    def _limit(self, body: Body) -> int | None:
-        if self.max_tokens is not None and (body.max_tokens or 0) > self.max_tokens:
+    def _limit(self, model: ServedModel, body: Body) -> int:
+        """Return the maximum number of tokens of an answer."""
+        largest = self.max_tokens
+        if body.max_tokens is None:
+            own = model.task.max_new_tokens
+            return own if largest is None else min(own, largest)
+        if largest is not None and body.max_tokens > largest:
             raise invalid(
-                f"max_tokens: {body.max_tokens} is more than this server's limit of "
-                f"{self.max_tokens}; lower it, or restart the server with a larger --max-tokens",
+                f"max_tokens: {body.max_tokens} is more than this server's limit of {largest}; "
+                "lower it, or restart the server with a larger --max-tokens",
                 "max_tokens",
             )
         return body.max_tokens
 
-    def _limited(self, request: GenerationRequest, body: Body) -> GenerationRequest:
-        """Return the request with the limit of the server and the stop strings of the body."""
-        limit = request.max_new_tokens
-        if self.max_tokens is not None:
-            limit = min(limit, self.max_tokens)
-        strings = (*body.stop, *request.stop.strings)
-        stop = replace(request.stop, strings=strings)
-        return replace(request, stop=stop, max_new_tokens=limit)
+
+def _with_stops(request: GenerationRequest, body: Body) -> GenerationRequest:
+    """Add the stop strings of the body."""
+    stop = replace(request.stop, strings=(*body.stop, *request.stop.strings))
+    return replace(request, stop=stop)
 
 
 def _as_api_error(error: BadInput, param: str) -> ApiError:
