@@ -426,6 +426,15 @@ def test_every_gpu_has_a_link_and_a_source() -> None:
     assert hardware.DATA_FILE.suffix == ".yaml"  # a suffix that the wheel includes
 
 
+@pytest.mark.parametrize(
+    ("name", "gibibytes"),
+    [("t4", 14.56), ("l4", 22.03), ("a100-40gb", 39.38), ("a100-80gb", 79.15), ("h200", 139.72)],
+)
+def test_memory_is_what_the_driver_reports(name: str, gibibytes: float) -> None:
+    memory = read_hardware().gpus[name].memory_gb * 1e9
+    assert memory == pytest.approx(gibibytes * 2**30, rel=0.005)
+
+
 def test_a_hub_model_is_planned_from_its_headers(
     llama_8b: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
