@@ -439,6 +439,19 @@ def test_wrong_requests_are_refused_with_the_remedy(
     assert words in error["message"]
 
 
+def test_fields_without_effect_are_accepted_as_clients_send_them() -> None:
+    plain = {"model": "base", "prompt": "x", "n": 2}
+    neutral = {
+        **{"best_of": 2, "echo": False, "frequency_penalty": 0.0, "suffix": None, "user": "me"},
+        **{"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0, "ignore_eos": False},
+    }
+    both = [CompletionBody.model_validate(each) for each in (plain, plain | neutral)]
+    assert both[0] == both[1]
+    for name, value in {"best_of": 3, "repetition_penalty": 1.1, "top_k": 5}.items():
+        with pytest.raises(ValueError, match=f"{name}: is not supported; leave it out"):
+            CompletionBody.model_validate(plain | {name: value})
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [

@@ -24,19 +24,26 @@ _IGNORED = frozenset(
         *("parallel_tool_calls", "prompt_cache_retention"),
     }
 )
-#: Values with which unsupported fields have no effect.
+#: Values with which unsupported fields, of OpenAI or of clients of vLLM, have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
+    "best_of": (),  # as many as n
     "echo": (False,),
     "frequency_penalty": (0,),
     "functions": ([],),
+    "ignore_eos": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "presence_penalty": (0,),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_k": (-1, 0),
+    "use_beam_search": (False,),
 }
 
 
@@ -100,6 +107,8 @@ class Body(BaseModel):
             if value is None:
                 continue  # as if it were left out
             neutral = _NEUTRAL.get(name, ())
+            if name == "best_of":
+                neutral = (values.get("n") or 1,)
             if name in _IGNORED or (name in _NEUTRAL and value in neutral):
                 continue
             if name in _NEUTRAL:
