@@ -287,7 +287,7 @@ def test_default_rate_is_relative_where_a_prompt_has_a_scale() -> None:
     assert rates() == (None, 0.1)
     assert rates(method="prefix_tuning") == (None, 0.1)
     for encoder in (None, "mlp"):
-        assert rates(method="p_tuning", encoder=encoder) == (None, 0.4)
+        assert rates(method="p_tuning", encoder=encoder) == (None, 0.2)
     assert rates(method="p_tuning", encoder="lstm") == (0.003, None)
     assert rates(method="p_tuning", encoder="residual") == (None, 0.1)
     assert rates(method="prefix_tuning", encoder="mlp") == (None, 0.1)

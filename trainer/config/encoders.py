@@ -121,7 +121,7 @@ for _entry in (
         name="mlp",
         build=f"{_ENCODERS}:build_mlp",
         settings=_SIZE,
-        relative_learning_rate=0.4,
+        relative_learning_rate=0.2,
     ),
     EncoderEntry(
         method="p_tuning",

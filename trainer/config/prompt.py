@@ -150,7 +150,7 @@ class Prompt(Section):
         "update of the encoder's last layer. In prefix_tuning: a share of the size of each layer's "
         "keys, or values, divided by the square root of the number of layers. Not available for "
         "encoders lstm, text and low_rank or init: zero.\n"
-        "null: 0.1, or 0.4 for p_tuning's mlp",
+        "null: 0.1, or 0.2 for p_tuning's mlp",
     )
     betas: tuple[ShareBelowOne, ShareBelowOne] | None = Field(
         None,
