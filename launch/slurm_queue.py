@@ -109,8 +109,8 @@ def query_jobs(number: str, cluster: str = "") -> dict[str, JobState] | None:
         cluster: the cluster of the job; empty: the default one.
 
     Returns:
-        States by ID; an array task's is ``JOB_TASK``, and ``JOB_*`` stands for all tasks that never
-        started. Without jobs that Slurm does not know. None if Slurm does not answer.
+        The state of each job that Slurm knows, by its ID: ``JOB``, ``JOB_TASK`` for an array task,
+        or ``JOB_*`` for all tasks that have never started. None if Slurm does not answer.
     """
     job = [f"--jobs={number}", *([f"--clusters={cluster}"] if cluster else [])]
     queued = _queued(*job)

@@ -176,7 +176,7 @@ def test_mlp_start() -> None:
 
 
 def similar_tokens(num_tokens: int, hidden_size: int) -> torch.Tensor:
-    """Embeddings as of a text: they have a part in common."""
+    """Embeddings like those of a text, which have a part in common."""
     generator = torch.Generator().manual_seed(3)
     common = torch.randn(1, hidden_size, generator=generator)
     return 0.1 * (common + torch.randn(num_tokens, hidden_size, generator=generator))
@@ -192,7 +192,7 @@ def test_hidden_units_of_the_mlp_are_standardized_over_the_tokens() -> None:
 
 
 def test_the_first_update_of_the_mlp_moves_each_token_along_its_gradient() -> None:
-    """Adam's first update; with torch's initialization, the cosine is 0.2."""
+    """Adam's first update; with torch's initialization, the cosine is 0.27."""
     init = similar_tokens(20, 64)
     encoder = MLPEncoder(init, 64, torch.Generator().manual_seed(0))
     encoder.start_at(init)

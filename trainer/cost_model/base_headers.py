@@ -109,7 +109,11 @@ def _check_family(text: PretrainedConfig, name: str) -> None:
 
 
 def headers_of_values(headers: Mapping[str, Header]) -> dict[str, Header]:
-    """Headers of the values of a quantized checkpoint, which a run converts to its own types."""
+    """Return the headers of the weights that a run makes from a quantized checkpoint.
+
+    The counterpart of ``trainer.model.quantized_weights.combine_tensors``, which reads files with
+    torch.
+    """
     values = {}
     for name, header in headers.items():
         *rows, last = header.shape or (1,)

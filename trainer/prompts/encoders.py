@@ -21,7 +21,7 @@ from trainer.config import Prompt
 from trainer.prompts.initializers import Vocabulary
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-#: Virtual tokens whose hidden units differ by less, relative to their size, are equal.
+#: Hidden units that differ between tokens by less than this share of their size count as equal.
 EQUAL = 1e-4
 
 

@@ -30,7 +30,7 @@ SYSTEM_FILE = "logs/system_metrics.jsonl"
 MAX_LINE = 1 << 20
 #: The largest integer that JSON and databases hold exactly; a line with a larger one is damaged.
 MAX_COUNT = 2**53
-#: Begin of a line of ``MetricsLog``.
+#: Beginning of a line that ``MetricsLog`` has written.
 _BEGIN = re.compile(rb'\{"time": [0-9.]+, "step": (\d+), ')
 
 

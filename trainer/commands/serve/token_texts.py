@@ -17,11 +17,11 @@ _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class TokenTexts:
-    """Decodes tokens one by one, each as behind other text, so that its space is kept.
+    """Decodes single tokens as if other text preceded them, so that they keep their space.
 
     Attributes:
-        text: function that returns the text of a token; U+FFFD stands for an incomplete character.
-        data: function that returns the text in UTF-8, of an incomplete character the bytes.
+        text: returns the text of a token, with U+FFFD in place of an incomplete character.
+        data: returns the bytes of a token in UTF-8, also those of an incomplete character.
         drops_first_space: whether decoding removes the space at the beginning of a text.
     """
 
