@@ -265,7 +265,8 @@ def test_json_has_the_keys_of_the_design(
     out = tmp_path / "plan.json"
     arguments = plan_arguments(str(run_file), [], 16, 8, gpu="H100-80GB", row_tokens=512)
     assert command.main([*arguments, f"--json={out}"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    # Without the base's folder, whose length is the user's.
+    lines = capsys.readouterr().out.replace(f"{run_file.parent}/", "").splitlines()
     assert max(map(len, lines)) <= 80, lines
     plan = json.loads(out.read_text())
     option = plan["options"][plan["recommended"]]
