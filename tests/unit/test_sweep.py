@@ -177,6 +177,18 @@ def test_mistakes_of_sweeps_and_of_the_rest_are_reported_together(run_file):
     assert len(problems) == 2
 
 
+@pytest.mark.parametrize("override", ["seed=3", "init.text=hello"])
+@pytest.mark.parametrize("inside", ["sweep", "sweep.grid"])
+def test_an_override_of_a_swept_setting_is_refused(run_file, override, inside):
+    setting = override.partition("=")[0].partition(".")[0]
+    values = "[1, 2]" if setting == "seed" else "[vocab, random]"
+    swept = f"prompts.one.{inside}.{setting}={values}"
+    assert problems_of(run_file(), swept, f"prompts.one.{override}") == [
+        f"override 'prompts.one.{override}': prompts[0].{setting}: has no effect, because the "
+        f"sweep has values for it; override prompts[0].{inside}.{setting} with a list"
+    ]
+
+
 def test_two_prompts_with_one_name(run_file):
     text = GOOD.replace("- name: two", "- name: one-seed1")
     (problem,) = problems_of(run_file(text), "prompts.one.sweep.seed=[0, 1]")

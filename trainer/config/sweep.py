@@ -172,6 +172,12 @@ class _Sweep:
             hint = did_you_mean(str(key), known)
             text = f"no setting to sweep{hint}; known: {', '.join(known)}"
             yield self.problem(alias.text if alias else text, *where)
+        elif override := self._overridden(key):
+            yield (
+                f"{override}: prompts[{self.index}].{key}: has no effect, because the sweep has "
+                f"values for it; override prompts[{self.index}].{dotted((*self.inside, key))} "
+                "with a list"
+            )
         elif not isinstance(values, list) or not values:
             yield self.problem(f"{values!r} must be a list of values, as [a, b]", *where)
         else:
@@ -179,6 +185,12 @@ class _Sweep:
             if len(set(texts)) < len(texts):
                 twice = next(text for text in texts if texts.count(text) > 1)
                 yield self.problem(f"has {twice} more than once; remove one", *where)
+
+    def _overridden(self, key: str) -> str | None:
+        """Return the override that sets a single value of a swept setting."""
+        path: SettingPath = ("prompts", self.index, key)
+        given = [written for written in self._source.overrides if written[:3] == path]
+        return self._source.where(given[-1]) if given else None
 
     def problem(self, text: str, *within: str | int) -> str:
         path: SettingPath = ("prompts", self.index, "sweep", *within)
