@@ -87,6 +87,15 @@ def test_invalid_input_is_refused(text: str, words: str) -> None:
     assert re.search(words, message), message
 
 
+@pytest.mark.parametrize(
+    "text", ["d: &d {x: 1}\na:\n  x: 2\n  <<: *d", "d: &d {x: 1}\na:\n  <<: *d\n  x: 2"]
+)
+def test_a_setting_beside_a_merge_has_its_own_line(text: str) -> None:
+    document = parse(text)
+    assert document.data["a"] == {"x": 2}
+    assert document.lines["a", "x"] == 1 + text.split("\n").index("  x: 2")
+
+
 PLAIN = st.recursive(
     st.none()
     | st.booleans()

@@ -192,6 +192,10 @@ def _put(parent: _Node, keys: list[_Node | None], node: _Node) -> None:
         keys[-1] = None
 
 
+def _is_merge(key: _Node) -> bool:
+    return key.text == "<<" and key.plain
+
+
 class _Resolver:
     """Converts nodes to data, aliases to copies; collects problems and lines."""
 
@@ -227,10 +231,11 @@ class _Resolver:
     ) -> dict[str, Any]:
         settings: dict[str, Any] = {}
         merged: dict[str, Any] = {}
-        for key, value in pairs:
+        # Merged settings first, so that the lines of the others replace those of their anchors.
+        for key, value in sorted(pairs, key=lambda pair: not _is_merge(pair[0])):
             if key.text is None:
                 self._problem(key, path, "a key must be text, not a list or mapping")
-            elif key.text == "<<" and key.plain:
+            elif _is_merge(key):
                 for name, item in self._merged(value, path, depth).items():
                     merged.setdefault(name, item)
             elif key.text in settings:
