@@ -343,6 +343,11 @@ def test_numbers_that_are_not_finite_are_refused(run_file, setting, value):
     assert f"prompts[0].{setting}: " in problem
 
 
+def test_infinite_search_is_refused(run_file):
+    (problem,) = problems_of(run_file(), "search.init_share=.inf")
+    assert "search.init_share: inf must be a finite number" in problem
+
+
 @pytest.mark.parametrize("value", ["3e-3", "3.0e-3", "0.003"])
 def test_learning_rates_may_be_written_as_people_write_them(run_file, value):
     assert math.isclose(

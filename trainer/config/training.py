@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from trainer.config import sweep
-from trainer.config.types import NonNegativeInt, Number, PositiveInt, Section
+from trainer.config.types import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, Section
 
 
 class Training(Section):
@@ -105,7 +105,7 @@ class Search(Section):
         None,
         description="stop the worst prompts of every task at rungs\nnull: never",
     )
-    init_share: Annotated[float, Number, Field(ge=0, description=_INIT_SHARE)] = 0.1
+    init_share: NonNegativeFloat = Field(0.1, description=_INIT_SHARE)
 
 
 class Checkpoint(Section):
