@@ -629,6 +629,20 @@ def test_a_prompt_beside_an_instruction_starts_from_it() -> None:
     assert not screen.rounds
 
 
+def test_prompts_at_different_places_are_searched_separately() -> None:
+    """Their rows differ, so alone each would be searched with its own."""
+    prompt = {"name": "open", "num_virtual_tokens": 2, "init": "search"}
+    config = make_config([prompt | {"name": place} for place in ("front", "user", "system")])
+    values = config.model_dump(exclude_unset=True)
+    values["tasks"][0]["chat"] = True
+    for place in values["prompts"]:
+        place["position"] = place["name"]
+    table = Vocabulary(lambda ids: TABLE_VH[torch.tensor(ids)], make_tokenizer(), V)
+    screen = NearTo(9)
+    search_starts(RunConfig.model_validate(values), table, screen)
+    assert screen.asked.keys() == {0, 1, 2}
+
+
 def test_a_search_costs_at_most_its_share_of_the_training() -> None:
     """``init_share`` of the FLOPs of an update per step, where a candidate costs half an update."""
     prompt = {"name": "open", "num_virtual_tokens": 3, "steps": 100, "init": "search"}

@@ -215,8 +215,8 @@ def search_starts(
     """Return initial values for the prompts whose start is left open, by their indices.
 
     Embeddings of tokens give the same loss as the keys and values that the base computes from these
-    tokens, so both are searched as embeddings. Prompts with the same task, length, seeds, teacher
-    and budget share one search.
+    tokens, so both are searched as embeddings. Prompts with the same task, place, length, seeds,
+    teacher and budget share one search.
 
     Args:
         before: as in ``Bank``.
@@ -271,6 +271,7 @@ def _what_is_open(config: RunConfig, prompt: Prompt) -> object:
     budget = config.init_budget(prompt)
     return (
         prompt.task,
+        prompt.placement,  # the rows of the first update depend on it
         prompt.num_virtual_tokens,
         *seeds,
         prompt.teacher,
