@@ -222,6 +222,26 @@ def test_a_hand_written_prompt_is_text_of_the_system(tmp_path, tokenizer) -> Non
         assert row == wanted
 
 
+@pytest.mark.parametrize("position", ["front", "system", "user"])
+@pytest.mark.parametrize("prefix", ["", "Add json"])
+def test_content_in_parts_is_kept_where_a_template_reads_the_first_part_only(
+    tmp_path, tokenizers, position, prefix
+) -> None:
+    stock = STOCK["gemma3"]
+    tokenizer = tokenizers[stock.kind]
+    tokenizer.chat_template = stock.source
+    parts = [
+        turn | {"content": [{"type": "text", "text": turn["content"]}]}
+        for turn in [SYSTEM, *TURNS[:2]]
+    ]
+    rows = [{"messages": [SYSTEM, *TURNS[:2]]}, {"messages": parts}]
+    how: dict[str, Any] = {"end_ids": tokenizer.convert_tokens_to_ids(list(stock.ends))}
+    how |= {"position": position, "prefix": prefix}
+    text, in_parts = examples(tmp_path, dialogues(), tokenizer, rows, **how)
+    assert in_parts.input_ids == text.input_ids
+    assert in_parts.prompt_at == text.prompt_at
+
+
 def config_of(tmp_path: Path, task: dict, *prompts: dict) -> RunConfig:
     values = {"name": "t", "train": str(tmp_path / "d.jsonl"), "validation_share": 0.0}
     return RunConfig.model_validate(

@@ -21,10 +21,7 @@ def with_mark(messages: Messages, position: str) -> Messages:
         raise ValueError("has no turn of the user for prompts.position: user; use front or system")
     if number is None:
         return [{"role": "system", "content": MARK}, *messages]
-    content = messages[number].get("content") or ""
-    parts = [{"type": "text", "text": MARK}]
-    marked = [*parts, *content] if isinstance(content, list) else MARK + content
-    return _replaced(messages, number, marked)
+    return _with_text_before(messages, number, MARK)
 
 
 def with_system(messages: Messages, text: str | None) -> Messages:
@@ -33,10 +30,7 @@ def with_system(messages: Messages, text: str | None) -> Messages:
         return messages
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": text}, *messages]
-    content = messages[0].get("content") or ""
-    parts = [{"type": "text", "text": f"{text}\n\n"}]
-    joined = [*parts, *content] if isinstance(content, list) else f"{text}\n\n{content}"
-    return _replaced(messages, 0, joined)
+    return _with_text_before(messages, 0, f"{text}\n\n")
 
 
 def with_answer(messages: Messages, answer: str) -> Messages:
@@ -47,7 +41,13 @@ def with_answer(messages: Messages, answer: str) -> Messages:
     return [*earlier, {"role": "assistant", "content": answer}]
 
 
-def _replaced(messages: Messages, number: int, content: Any) -> Messages:
+def _with_text_before(messages: Messages, number: int, text: str) -> Messages:
+    content: Any = messages[number].get("content") or ""
+    if isinstance(content, list):  # no part of its own: some templates read the first part only
+        first, *rest = content
+        content = [{**first, "text": text + first["text"]}, *rest]
+    else:
+        content = text + content
     turn = {**messages[number], "content": content}
     return [*messages[:number], turn, *messages[number + 1 :]]
 
