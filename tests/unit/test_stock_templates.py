@@ -189,17 +189,26 @@ def test_an_answer_follows_the_text_that_generation_reads(tmp_path, tokenizers):
             ]
 
 
-@pytest.mark.parametrize("form", ["object", "text"])
-def test_arguments_of_tool_calls_have_the_form_that_the_template_reads(tmp_path, tokenizers, form):
-    """Some templates concatenate JSON text, others read the items of an object."""
+@pytest.mark.parametrize(
+    ("form", "source"),
+    [
+        ("object", "{% for k, v in call.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}"),
+        ("object", "{{ call.arguments | tojson }}"),
+        ("object", "{% if call.arguments is mapping %}{{ call.arguments | tojson }}{% endif %}"),
+        ("text", "{{ '```json' + call.arguments + '```' }}"),
+        ("text", "{{ call.arguments }}"),
+    ],
+)
+@pytest.mark.parametrize("marked", [False, True])
+def test_arguments_of_tool_calls_have_the_form_that_the_template_reads(
+    tmp_path, tokenizers, form, source, marked
+):
+    """Some templates read JSON text, others objects: they write text as JSON text again."""
     tokenizer = tokenizers["llama3"]
-    source = {
-        "object": "{% for k, v in call.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}",
-        "text": "{{ '```json' + call.arguments + '```' }}",
-    }[form]
+    begin, end = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
     stock = Stock(
         "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.tool_calls %}"
-        f"{{% set call = m.tool_calls[0].function %}}{{{{ call.name }}}}{source}"
+        f"{{% set call = m.tool_calls[0].function %}}{begin}{{{{ call.name }}}}{source}{end}"
         "{% else %}{{ m.content }}"
         "{% endif %}{{ '</s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",

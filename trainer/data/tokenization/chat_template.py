@@ -9,7 +9,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,7 +83,9 @@ class ChatTemplate:
         self._tokenizer, self._date = tokenizer, date
         self._variables = dict(variables or {})
         self._reads_text, self._reads_parts = True, True
+        self._unread_arguments: type | None = None
         self._reads_text, self._reads_parts = self._probe()
+        self._unread_arguments = self._probe_arguments()
 
     def text(
         self, messages: Messages, tools: Tools = None, *, generation_prompt: bool = False
@@ -162,15 +164,8 @@ class ChatTemplate:
     def _apply(self, messages: Messages, tools: Tools, **options: Any) -> Any:
         turns = [self._turn(turn) for turn in messages]
         options |= self._options(self._source(tools))
-        try:
-            with self._limited():
-                return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
-        except ValueError:
-            if (others := _with_other_arguments(turns)) == turns:
-                raise
-            with suppress(ValueError), self._limited():
-                return self._tokenizer.apply_chat_template(others, tools=tools, **options)
-            raise
+        with self._limited():
+            return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
 
     def _options(self, source: str) -> dict[str, Any]:
         """Return the variables of a template, and the template that reads the fixed date."""
@@ -198,13 +193,15 @@ class ChatTemplate:
         return source
 
     def _turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert the content to the form that the template reads; remove the key ``weight``."""
+        """Convert content and arguments to the form that the template reads; remove ``weight``."""
         kept = {key: value for key, value in turn.items() if key != "weight"}
         content = kept.get("content")
         if isinstance(content, list) and not self._reads_parts:
             kept["content"] = content_of(turn)
         elif isinstance(content, str) and not self._reads_text:
             kept["content"] = [{"type": "text", "text": content}]
+        if self._unread_arguments is not None and isinstance(calls := kept.get("tool_calls"), list):
+            kept["tool_calls"] = [_with_other_arguments(c, self._unread_arguments) for c in calls]
         return kept
 
     def _probe(self) -> tuple[bool, bool]:
@@ -216,38 +213,48 @@ class ChatTemplate:
             return True, as_parts == as_text
         return probe not in as_parts, probe in as_parts
 
-    def _try(self, content: Any) -> str:
+    def _probe_arguments(self) -> type | None:
+        """Test whether the template reads arguments of tool calls as objects and as JSON text.
+
+        Return the form that it does not read; None if it reads both, or writes no call.
+        """
+        probe = {"one": "two"}
+
+        def written(arguments: Any) -> str:
+            function = {"name": "f", "arguments": arguments}
+            call = {"type": "function", "id": "callcall0", "function": function}
+            return self._try("x", {"role": "assistant", "content": "", "tool_calls": [call]})
+
+        as_object, as_text = written(probe), written(json.dumps(probe))
+        reads_object = as_object != "" and repr(probe) not in as_object
+        # Text that is written as JSON again has escaped quotes.
+        reads_text = json.dumps(probe) in as_text or (as_text != "" and as_text == as_object)
+        if reads_object == reads_text:
+            return None
+        return str if reads_object else dict
+
+    def _try(self, content: Any, *answer: Mapping[str, Any]) -> str:
         try:
-            return self.text([{"role": "user", "content": content}])
+            return self.text([{"role": "user", "content": content}, *answer])
         except ValueError:
             return ""
 
 
-def _with_other_arguments(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Convert the arguments of tool calls from objects to JSON text, and JSON text to objects.
-
-    Some templates read one form only.
-    """
-
-    def other(arguments: Any) -> Any:
-        if not isinstance(arguments, str):
-            return json.dumps(arguments, ensure_ascii=False)
-        with suppress(ValueError):
-            return parse_json(arguments)
-        return arguments
-
-    def converted(call: Any) -> Any:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or "arguments" not in function:
+def _with_other_arguments(call: Any, unread: type) -> Any:
+    """Convert arguments of a tool call of type ``unread``, an object or JSON text, to the other."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), unread):
+        return call
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            other = parse_json(arguments)
+        except ValueError:
             return call
-        return call | {"function": function | {"arguments": other(function["arguments"])}}
-
-    return [
-        turn | {"tool_calls": [converted(call) for call in turn["tool_calls"]]}
-        if isinstance(turn.get("tool_calls"), list)
-        else turn
-        for turn in turns
-    ]
+    else:
+        other = json.dumps(arguments, ensure_ascii=False)
+    converted = {**function, "arguments": other}
+    return {**call, "function": converted} if "function" in call else converted
 
 
 def reads_date(tokenizer: Any) -> bool:
