@@ -326,6 +326,15 @@ def test_tools_of_a_row_are_given_to_the_template(tmp_path, tokenizer, written):
     assert example.input_ids == others[0].input_ids
 
 
+def test_an_empty_list_of_tools_is_no_tools(tmp_path, tokenizer):
+    """Llama 3.1 announces functions to call where the list is not none."""
+    with_template(tokenizer, CHATML.replace("if tools", "if tools is not none"))
+    rows = [{"messages": TWO, "tools": tools} for tools in (None, [], "[]", TOOLS)]
+    without, *empty, given = tokenized(tmp_path, tokenizer, rows).examples
+    assert [example.input_ids for example in empty] == [without.input_ids] * 2
+    assert given.input_ids != without.input_ids
+
+
 def test_tools_that_cannot_be_given_are_refused(tmp_path, tokenizer):
     with_template(tokenizer, PHI)
     rows = [{"messages": TWO[:2], "tools": TOOLS}]

@@ -196,7 +196,10 @@ def _check_weight(number: int, turn: Mapping[str, Any]) -> None:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Parse the tools that a dialogue may call: a list of their JSON schemas, or None."""
+    """Parse the tools that a dialogue may call: a list of their JSON schemas, or None.
+
+    An empty list is None: some chat templates announce tools before an empty list, too.
+    """
     example = '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -209,7 +212,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
     for number, tool in enumerate(tools):
         if not isinstance(tool, dict) or not tool:
             raise ValueError(f"[{number}] is {shorten(tool)}, not a tool; write {example}")
-    return tools
+    return tools or None
 
 
 def _parse_ints(value: Any, lowest: int) -> list[int]:
