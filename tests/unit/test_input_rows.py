@@ -74,6 +74,20 @@ def test_empty_targets_are_ignored_on_request(tmp_path: Path) -> None:
     assert not read_rows(str(tmp_path / "a.csv"), task, use_targets=False).has_targets
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_ignored_targets_change_the_key_of_cached_tokens(tmp_path: Path, in_memory: bool) -> None:
+    """Otherwise a run that trains on the same file would learn placeholders."""
+    task, path = Task.model_validate(PLAIN), tmp_path / "a.jsonl"
+    row = {"text": "a", "label": "b"}
+    path.write_text(json.dumps(row) + "\n")
+    given, ignored = (
+        read_rows([row] if in_memory else str(path), task, use_targets=use).rows
+        for use in (True, False)
+    )
+    assert given[0] != ignored[0]
+    assert given.digest != ignored.digest
+
+
 def test_mistakes_have_their_place(tmp_path: Path) -> None:
     task = Task.model_validate(PLAIN)
     path = tmp_path / "a.jsonl"
