@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -89,7 +90,6 @@ def _options(
     pass
 
 
-@app.command(epilog=EXIT_CODES)
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -180,7 +180,6 @@ def train(
     _exit_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
 
 
-@app.command(epilog=EXIT_CODES)
 def validate(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -233,7 +232,6 @@ def validate(
     )
 
 
-@app.command(epilog=EXIT_CODES)
 def prepare(
     base: Annotated[str, path_argument("BASE", "A model's folder or hub id.")],
     out: NewFolder,
@@ -257,7 +255,6 @@ def prepare(
     raise typer.Exit(run_alone("trainer.commands.prepare", [*options, "--", base, out]))
 
 
-@app.command(epilog=EXIT_CODES)
 def sync(
     run_dir: RunDir,
     uri: Annotated[
@@ -314,26 +311,38 @@ def sync(
     raise typer.Exit(code)
 
 
-app.command(epilog=EXIT_CODES)(evaluate_command.evaluate)
-app.command(epilog=EXIT_CODES)(predict_command.predict)
-app.command(epilog=EXIT_CODES)(generate_command.generate)
-app.command(epilog=EXIT_CODES)(chat_command.chat)
-app.command(epilog=EXIT_CODES)(inspect_command.inspect)
-app.command(epilog=EXIT_CODES)(serve_command.serve)
-app.command(epilog=EXIT_CODES)(slurm_commands.submit)
-app.command(epilog=status_commands.STATUS_EPILOG, cls=status_commands.StatusCommand)(
-    status_commands.status
+def _add(group: str, *functions: Callable[..., None]) -> None:
+    """Add commands under a heading of ``promptshard --help``."""
+    for function in functions:
+        app.command(epilog=EXIT_CODES, rich_help_panel=group)(function)
+
+
+_add(
+    "Get started",
+    example_commands.example,
+    scaffold_commands.examples,
+    scaffold_commands.init,
+    settings_commands.settings,
+    settings_commands.schema,
 )
-app.command("list", epilog=EXIT_CODES)(status_commands.list_)
-app.command(epilog=EXIT_CODES)(scaffold_commands.init)
-app.command(epilog=EXIT_CODES)(scaffold_commands.examples)
-app.command(epilog=EXIT_CODES)(example_commands.example)
-app.command(epilog=EXIT_CODES)(lint_command.lint)
-app.command(epilog=EXIT_CODES)(plan_command.plan)
-app.command(epilog=EXIT_CODES)(export_command.export)
-app.command(epilog=EXIT_CODES)(push_command.push)
-app.command(epilog=EXIT_CODES)(settings_commands.settings)
-app.command(epilog=EXIT_CODES)(settings_commands.schema)
+_add("Train", validate, plan_command.plan, prepare, train, slurm_commands.submit)
+app.command(
+    epilog=status_commands.STATUS_EPILOG,
+    cls=status_commands.StatusCommand,
+    rich_help_panel="Train",
+)(status_commands.status)
+app.command("list", epilog=EXIT_CODES, rich_help_panel="Train")(status_commands.list_)
+_add("Train", sync)
+_add("Compare", evaluate_command.evaluate, inspect_command.inspect, lint_command.lint)
+_add(
+    "Use a prompt",
+    predict_command.predict,
+    generate_command.generate,
+    chat_command.chat,
+    serve_command.serve,
+    export_command.export,
+    push_command.push,
+)
 
 
 def _exit_with(report: ExitReport) -> NoReturn:

@@ -677,6 +677,12 @@ def test_help_texts_explain_with_examples(command):
     assert not command or "Example" in done.stdout
 
 
+def test_help_groups_all_commands():
+    done = promptshard("--help")
+    titles = re.findall(r"^╭─ (.+?) ─+╮$", done.stdout, re.MULTILINE)
+    assert titles == ["Options", "Get started", "Train", "Compare", "Use a prompt"]
+
+
 def test_validate_reports_the_rows_it_read(run_file):
     done = promptshard("validate", run_file, "training.steps=7", TINY_BASE)
     assert (done.returncode, done.stderr) == (0, "importing transformers\n")
