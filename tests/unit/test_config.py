@@ -186,7 +186,11 @@ def test_a_name_made_of_digits_is_found_before_an_index(run_file):
         ("prompts.tow.seed=1", "no item 'tow' (did you mean 'two'?); known: one, two"),
         ("prompts.TWO.seed=1", "no item 'TWO' (did you mean 'two'?); known: one, two"),
         ("prompts[9].seed=1", "no item '9'; known: one, two"),
-        ("output_dir.x=1", "'x' does not lead to a setting of this run file"),
+        (
+            "training.steps.x=1",
+            "training.steps is a single value in this run file, without 'x'; override "
+            "training.steps itself",
+        ),
         ("training.steps=[1", "the value is not valid YAML; quote it"),
     ],
 )
@@ -627,6 +631,7 @@ def test_every_setting_but_plain_names_says_what_it_is():
     ("setting", "problem"),
     [
         ("betas=0.9", "prompts[0].betas: 0.9 must be a list of two numbers, as [0.8, 0.99]"),
+        ("betas=[0,0,0]", "prompts[0].betas: [0, 0, 0] must be a list of two numbers, as [0.8"),
         ("betas=[0.8,1]", "prompts[0].betas[1]: 1 must be less than 1"),
         (
             "optimizer=adafactor prompts.one.betas=[0.8,0.9]",

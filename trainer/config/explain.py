@@ -76,7 +76,7 @@ def _word(
     if kind == "model_type":
         known = _settings(_section(model, path))
         return f"{setting}: {shown(value)} must be a mapping; known: {', '.join(known)}"
-    if kind == "tuple_type":
+    if kind in ("tuple_type", "too_long"):  # betas is the only list with a maximum
         return f"{setting}: {shown(value)} must be a list of two numbers, as [0.8, 0.99]"
     if kind == "list_type":
         return f"{setting}: {shown(value)} must be a list; start every item with a dash"

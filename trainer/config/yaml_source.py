@@ -180,7 +180,7 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
     target: Any = data
     path: list[str | int] = []
     for depth, name in enumerate(parts):
-        at = _key(target, name, override)
+        at = _key(target, name, override, path)
         path.append(at)
         if depth == len(parts) - 1:
             target[at] = parsed
@@ -191,12 +191,20 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
     return tuple(path)
 
 
-def _key(target: Any, name: str, override: str) -> str | int:
-    """Return ``name`` itself for a mapping, or the index that it means in a list."""
+def _key(target: Any, name: str, override: str, path: Sequence[str | int]) -> str | int:
+    """Return ``name`` itself for a mapping, or the index that it means in a list.
+
+    Args:
+        path: of ``target``.
+    """
     if isinstance(target, dict):
         return name
     if not isinstance(target, list):
-        raise BadInput(f"{_cut(override)}: {name!r} does not lead to a setting of this run file")
+        setting = dotted(tuple(path))
+        raise BadInput(
+            f"{_cut(override)}: {setting} is a single value in this run file, without {name!r}; "
+            f"override {setting} itself"
+        )
     names = [str(item.get("name")) for item in target if isinstance(item, dict)]
     if name in names:
         return next(
