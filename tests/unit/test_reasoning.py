@@ -92,6 +92,12 @@ NO_THINKING = QWEN_THINKING.replace(
     "assistant\\n' + ('' if enable_thinking | default(true) else '<think>\\n\\n</think>\\n\\n')",
 )
 
+#: Writes the content of every turn unchanged.
+CHATML = """\
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n'}}{%- endif %}"""
+
 USER, MORE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And?"}
 OPEN_LINE = "Hi\n</think>\n\nFine"
 
@@ -167,6 +173,20 @@ def test_reasoning_is_learned_after_the_block_that_the_generation_prompt_opens(
     assert learned_after(tokenizer, row, [USER]) == expected
     assert learned_after(tokenizer, row, [USER, turn, MORE]) == expected
     assert sum(text.num_labels for text in row.linear()) == row.num_labels
+
+
+@pytest.mark.parametrize("source", [CHATML, CHATML.replace("'}}", "<think>\\n'}}")])
+@pytest.mark.parametrize(
+    "content",
+    ["<think>\nHi</think> And? <think>it</think> Fine", "<think>\nHi <think> is </think> final"],
+)
+def test_content_with_several_tags_is_learned_as_the_template_writes_it(
+    tmp_path, tokenizer, source, content
+):
+    row = example_of(tmp_path, tokenizer, source, [USER, answer(content)])
+    opened = "<think>\n" if source != CHATML else ""
+    wanted = content.removeprefix(opened) + "<|im_end|>"
+    assert learned_after(tokenizer, row, [USER]) == wanted
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,17 @@ _EMPTY_CHANNEL = re.compile(r"<\|channel>\w+\s*<channel\|>\s*\Z")
 
 @dataclass(frozen=True)
 class _Reasoning:
-    """Reasoning of a turn: ``text``, and whether it is in the content, before ``</tag>``."""
+    """Reasoning of a turn.
+
+    Attributes:
+        text: without tags.
+        in_content: whether it is in the content, before ``</tag>``.
+        source: the text with the tags inside it, where the content has several blocks.
+    """
 
     text: str
     in_content: bool
+    source: str
 
 
 class ReasoningFormat:
@@ -134,15 +141,17 @@ class ReasoningFormat:
 def _reasoning(turn: Mapping[str, Any], tag: str) -> _Reasoning | None:
     before, end, _ = content_of(turn).rpartition(f"</{tag}>")
     if end:
-        return _Reasoning(before.replace(f"<{tag}>", "").strip(), True)
+        source = before.strip().removeprefix(f"<{tag}>").strip()
+        return _Reasoning(source.replace(f"<{tag}>", "").strip(), True, source)
     texts = (turn.get(key) for key in REASONING_KEYS)
     text = next((t for t in texts if isinstance(t, str) and t.strip()), None)
-    return None if text is None else _Reasoning(text, False)
+    return None if text is None else _Reasoning(text, False, text)
 
 
 def _has(rest: str, reasoning: _Reasoning, tag: str) -> bool:
     """Whether the template has written the reasoning of a turn and the end of its block."""
-    return reasoning.text.strip() in rest and f"</{tag}>" in rest
+    texts = (reasoning.text.strip(), reasoning.source)
+    return any(text in rest for text in texts) and f"</{tag}>" in rest
 
 
 def _rest(before: str, until: str) -> str | None:
