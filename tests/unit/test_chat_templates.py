@@ -356,8 +356,16 @@ def test_calls_and_results_that_the_template_ignores_are_refused(tmp_path, token
     """Otherwise an empty answer, or an answer without the result, would be learned."""
     with_template(tokenizer, PHI)
     call = CALL | {"content": content}
-    with pytest.raises(BadInput, match=r"\[1\]: the chat template does not write the tool_calls"):
+    with pytest.raises(BadInput, match=r"\[1\]: the chat template does not write all tool_calls"):
         tokenized(tmp_path, tokenizer, [{"messages": [USER, call]}])
+    with_template(
+        tokenizer, CHATML.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]")
+    )
+    for other in ("add", "multiply"):  # after gpt-oss, which writes the first call only
+        second = json.loads(json.dumps(CALL["tool_calls"]).replace('"add"', f'"{other}"'))
+        calls = call | {"tool_calls": [*CALL["tool_calls"], *second]}
+        with pytest.raises(BadInput, match="the chat template does not write all tool_calls"):
+            tokenized(tmp_path, tokenizer, [{"messages": [USER, calls, *CALLS[2:]]}])
     without = CHATML.replace("messages %}", "messages if message.role != 'tool' %}")
     with_template(tokenizer, without)
     with pytest.raises(BadInput, match="the chat template ignores turns of the tool"):
@@ -505,7 +513,7 @@ def test_a_template_that_does_not_end_is_refused(
     with pytest.raises(BadInput) as caught:
         tokenized(tmp_path, tokenizer, [{"messages": TWO}])
     assert caught.value.problems[0].startswith(start + expected)
-    later = "{% if messages | length > 1 %}" + source + "{% endif %}" + CHATML
+    later = "{% if messages | length > 2 %}" + source + "{% endif %}" + CHATML
     with_template(tokenizer, later)
     with pytest.raises(BadInput) as caught:
         tokenized(tmp_path, tokenizer, [{"messages": TWO}] * 20)

@@ -194,9 +194,10 @@ class DialogueEncoder:
         stop = stop if end is None else end
         if start >= stop:
             raise ValueError(f"[{number}]: the chat template marks no token of this turn")
-        if (names := _called(messages[-1])) and not any(n in continued[start:stop] for n in names):
+        names, written = _called(messages[-1]), continued[start:stop]
+        if any(written.count(name) < names.count(name) for name in names):
             raise ValueError(
-                f"[{number}]: the chat template does not write the tool_calls of this turn; use a "
+                f"[{number}]: the chat template does not write all tool_calls of this turn; use a "
                 "chat template that writes them, write calls as text in content, or set weight: 0 "
                 "in this turn"
             )
