@@ -69,7 +69,7 @@ def test_bleu_is_that_of_the_corpus_and_is_resampled_by_row() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     records = [{"row": 1, "prediction": text, "target": target} for text, target in TEXTS]
     sums = row_sums("bleu", task(), records)
-    for rows in ([0, 1, 2, 3], [0, 0, 3, 3]):
+    for rows in ([0, 1, 2, 3], [0, 0, 3, 3], [0, 1]):  # without equal sequences of four words
         texts, targets = zip(*(TEXTS[row] for row in rows), strict=True)
         wanted = sacrebleu.corpus_bleu(list(texts), [list(targets)]).score / 100
         assert sums.at(rows).score == pytest.approx(wanted)
@@ -82,6 +82,20 @@ def test_text_metrics_of_equal_and_different_texts(metric: str, package: str) ->
     records = [{"row": 1, "prediction": text, "target": target} for text, target in TEXTS]
     assert row_sums(metric, task(), records[3:]).score == pytest.approx(1)
     assert 0.2 < row_sums(metric, task(), records).score < 0.9
+
+
+def test_rouge_l_counts_words_of_all_scripts() -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    for text, target, wanted in (
+        ("Привет, мир", "привет мир!", 1.0),
+        ("今日は雨です", "今日は晴れです", 10 / 13),  # 5 equal characters of 6 and 7
+        ("été froid", "été chaud", 0.5),
+        ("It's a snake_case name: x1.", "a snake case NAME", None),
+    ):
+        if wanted is None:
+            wanted = scorer.score(target, text)["rougeL"].fmeasure
+        records = [{"row": 1, "prediction": text, "target": target}]
+        assert row_sums("rouge_l", task(), records).score == pytest.approx(wanted)
 
 
 def test_metrics_that_do_not_suit_a_task() -> None:

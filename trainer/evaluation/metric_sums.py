@@ -7,6 +7,7 @@ Shape letters: R rows, C values of a row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 TEXT_METRICS = {"rouge_l": "rouge-score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
 #: Words of the longest sequences that BLEU counts.
 BLEU_WORDS = 4
+#: Words of ROUGE-L: those of rouge-score in ASCII text, and words in other scripts, which it drops.
+#: Chinese and Japanese have no spaces: each character is a word.
+_ROUGE_WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W_\u3040-\u30ff\u3400-\u9fff]+")
 #: Standard error of scores from 0 to 1 that differ only by rounding.
 NO_SPREAD = 1e-9
 #: All metrics except ``pass@k``, which is written with a number for k.
@@ -233,7 +237,7 @@ def _text_sums(metric: str, texts: Sequence[tuple[str, str]]) -> RowSums:
     if metric == "rouge_l":
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(["rougeL"])
+        scorer = RougeScorer(["rougeL"], tokenizer=_RougeWords())
         values = [scorer.score(target, text)["rougeL"].fmeasure for text, target in texts]
     else:
         from sacrebleu.metrics import CHRF
@@ -243,7 +247,16 @@ def _text_sums(metric: str, texts: Sequence[tuple[str, str]]) -> RowSums:
     return RowSums(np.stack([np.asarray(values), np.ones(len(values))], axis=1), _ratio)
 
 
+class _RougeWords:
+    """Tokenizer of ROUGE-L."""
+
+    def tokenize(self, text: str) -> list[str]:
+        words: list[str] = _ROUGE_WORD.findall(text.lower())
+        return words
+
+
 def _bleu(texts: Sequence[tuple[str, str]]) -> RowSums:
+    """Smoothed as sacrebleu's ``corpus_bleu`` does by default."""
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(effective_order=True)
@@ -255,7 +268,9 @@ def _bleu(texts: Sequence[tuple[str, str]]) -> RowSums:
     def score(sums: Values) -> float:
         *counts, sys_len, ref_len = (int(value) for value in sums)
         order = len(counts) // 2
-        result = BLEU.compute_bleu(counts[:order], counts[order:], sys_len, ref_len)
+        result = BLEU.compute_bleu(
+            counts[:order], counts[order:], sys_len, ref_len, smooth_method="exp"
+        )
         return float(result.score / 100)
 
     return RowSums(values_RC, lambda sums: np.apply_along_axis(score, -1, sums))
