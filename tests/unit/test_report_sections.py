@@ -18,7 +18,7 @@ from trainer.reporting.html import write_report
 from trainer.reporting.html.collect import collect
 from trainer.reporting.html.inspection_view import inspection_view
 from trainer.reporting.html.paired_rows import paired_rows
-from trainer.reporting.html.plots import PALEST, _depths, grid_plot
+from trainer.reporting.html.plots import COLORS, PALEST, Curve, _depths, curve_plots, grid_plot
 from trainer.reporting.html.sweep_grids import sweep_grids
 from trainer.reporting.inspection import INSPECTION_FILE, PromptInspection
 from trainer.reporting.result_table import TaskTable, task_tables
@@ -291,3 +291,11 @@ def test_cells_have_titles_where_headers_are_hidden(tmp_path, monkeypatch):
     assert all(cells.titles)
     expected = {"accuracy", "text elicited", "loss without it", "rewrite", "file"}
     assert expected <= set(cells.titles)
+
+
+def test_dollar_signs_in_the_name_of_a_class_are_no_formula() -> None:
+    """``$\\frac{$`` is no valid formula; ``$5 to $`` would be one."""
+    levels = {'always "$5 to $10"': 0.3, 'always "$\\frac{$"': 0.5}
+    curve = Curve("soft", COLORS[0], [])
+    _, accuracy = curve_plots("t", [curve], "accuracy", levels, "step", "loss")
+    assert all(f">{name}</text>" in accuracy.svg for name in levels)
