@@ -85,7 +85,7 @@ def test_a_longer_prompt_that_only_fits_the_train_rows_better_is_not_taken(tmp_p
     assert (
         "On the validation rows they are not significantly better: +2.0 points (95% interval "
     ) in words_of(result)
-    assert "Take 5 (short)." in words_of(result)
+    assert "Of these two, take 5 (short)." in words_of(result)
     assert "it fits its train rows better than new rows" in words_of(result)
     assert result.train is not None
     assert result.train.gap is not None
@@ -97,7 +97,7 @@ def test_a_longer_prompt_that_generalizes_better_is_taken(tmp_path):
     result = assessed(tmp_path, lengths(80, 50), {"long": 82, "short": 50})
     assert result.take == "long"
     assert "On the validation rows they are better: +30.0 points" in words_of(result)
-    assert "Take 20 (long)." in words_of(result)
+    assert "Of these two, take 20 (long)." in words_of(result)
     assert "no significant overfitting to the train rows" in words_of(result)
 
 
@@ -124,7 +124,7 @@ def test_a_shorter_prompt_may_be_worse_by_a_standard_error_without_significance(
     result = assessed(tmp_path, lengths(74, 69), {"long": 80, "short": 79})
     assert "fit 100 train rows no better than 5 (short): +1.0 points" in words_of(result)
     assert (
-        "Take 20 (long): the shorter one is worse by more than one standard error."
+        "Of these two, take 20 (long): the shorter one is worse by more than one standard error."
     ) in words_of(result)
 
 
@@ -153,10 +153,13 @@ def test_the_spread_between_seeds_is_that_of_prompts_with_equal_settings(tmp_pat
         f"{name}-{seed}": {"right": right, "seed": seed, "learning_rate": settings[name]}
         for (name, seed), right in rights.items()
     }
-    seeds = assessed(tmp_path, prompts).seeds
+    result = assessed(tmp_path, prompts)
+    seeds = result.seeds
     assert seeds is not None
     assert (seeds.prompt, seeds.seeds, seeds.low, seeds.high) == ("a-1", 2, 0.70, 0.74)
     assert seeds.standard_deviation == pytest.approx(math.sqrt((8 + 2) / 2) / 100)
+    points = 1.96 * math.sqrt(2 * (8 + 2) / 2)  # two runs, each with this deviation
+    assert f"a score can change by about {points:.1f} points." in words_of(result)
 
 
 def test_the_summary_keeps_the_verdict(tmp_path):

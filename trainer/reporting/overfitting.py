@@ -179,7 +179,7 @@ class _Sentences:
         reason = ""
         if not new.better and advised is longer:
             reason = ": the shorter one is worse by more than one standard error"
-        return f"{text} Take {advised.num_virtual_tokens} ({advised.name}){reason}."
+        return f"{text} Of these two, take {advised.num_virtual_tokens} ({advised.name}){reason}."
 
     def train(self) -> str:
         train = self.result.train
@@ -221,7 +221,9 @@ class _Sentences:
         if spread is None:
             return ""
         ends = " to ".join(format_score(key, value) for value in (spread.low, spread.high))
-        change = format_difference(key, Z95 * spread.standard_deviation).lstrip("+")
+        # Standard deviation of the difference of two runs (ISO 5725-6, 4.1: repeatability limit)
+        error = math.sqrt(2) * spread.standard_deviation
+        change = format_difference(key, Z95 * error).lstrip("+")
         return (
             f"{spread.seeds} seeds of {spread.prompt} score {ends}: with another seed, a score can "
             f"change by about {change}{_unit(key)}."
