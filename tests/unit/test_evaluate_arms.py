@@ -391,6 +391,13 @@ def test_knn_prompting_equals_transformers(
     assert records[0]["target"] == "plants"
 
 
+def test_a_half_without_rows_is_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    (tmp_path / "valid.jsonl").write_text('{"text": "A deer.", "label": "plants"}\n' * 4)
+    with pytest.raises(BadInput, match=r"--select-on half: .* all 4 rows of task 'diet' into one"):
+        build(tmp_path, config, select_on="half")
+
+
 def test_rows_are_retrieved_by_the_cosine_of_mean_hidden_states(
     tmp_path: Path, base: PromptedBase, reference: PreTrainedModel
 ) -> None:

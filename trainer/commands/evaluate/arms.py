@@ -13,7 +13,7 @@ import numpy as np
 
 from trainer.commands.evaluate.arm import Arm, Neighbors, Similar
 from trainer.commands.evaluate.options import Options
-from trainer.commands.evaluate.rows import RowEncoder, at_most
+from trainer.commands.evaluate.rows import RowEncoder, at_most, halves
 from trainer.config import Prompt, RunConfig, Task
 from trainer.data.dataset import RowDataset, gold_choices
 from trainer.data.examples_in_context import (
@@ -66,9 +66,14 @@ class ArmBuilder:
         """Return all arms of the task, on the same rows in the same order.
 
         Raises:
-            BadInput: examples in context do not fit.
+            BadInput: examples in context do not fit, or a half of the rows is empty.
         """
         task, rows = self.task.name, self.plain
+        if self.options.select_on == "half" and not all(halves(rows)):
+            raise BadInput(
+                f"--select-on half: the hash of their content puts all {len(rows.candidates)} rows "
+                f"of task {task!r} into one half; evaluate more rows, or leave it out"
+            )
         arms = [Arm(task, "no_prompt", "no_prompt", rows)]
         texts = zip(self.task.hand_written, self.data.hand_written[VALIDATION], strict=True)
         for number, (text, after_text) in enumerate(texts, 1):

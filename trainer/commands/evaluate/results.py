@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from trainer.commands.evaluate.arm import Arm
 from trainer.commands.evaluate.arms import SHIFTED
 from trainer.commands.evaluate.costs import BaseCost, paid_after, query_cost, training_flops
-from trainer.data.row_hashing import split_by_hash
+from trainer.commands.evaluate.rows import halves
 from trainer.evaluation.calibration import calibration
 from trainer.evaluation.metric_sums import (
     LOWER_IS_BETTER,
@@ -101,11 +99,7 @@ class TaskResults:
         """Return the rows on which the best arms are chosen, and those that are reported."""
         rows = self.arms[0].rows
         everything = list(range(len(rows.candidates)))
-        if self.select_on == "all":
-            return everything, everything
-        hashes = rows.rows.hashes()[np.asarray(rows.row_numbers)]
-        first, second = split_by_hash(hashes, 0.5)
-        return first.tolist(), second.tolist()
+        return (everything, everything) if self.select_on == "all" else halves(rows)
 
     def _difference(self, arm: Arm, best: Arm | None) -> Difference | None:
         if best is None or arm.name == best.name or len(self.reported) < 2:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import Task
 from trainer.data.dataset import RowDataset
-from trainer.data.row_hashing import first_by_hash
+from trainer.data.row_hashing import first_by_hash, split_by_hash
 from trainer.data.task_data import Candidates, EvalSet
 from trainer.data.token_table import TokenTable
 from trainer.data.tokenization.tokenize import RowProgress, tokenize
@@ -82,6 +82,13 @@ class RowEncoder:
             progress=self.progress,
             **options,
         ).examples
+
+
+def halves(rows: EvalSet) -> tuple[list[int], list[int]]:
+    """Divide the indices of the rows of a set by their content; a half can be empty."""
+    hashes = rows.rows.hashes()[np.asarray(rows.row_numbers)]
+    first, second = split_by_hash(hashes, 0.5)
+    return first.tolist(), second.tolist()
 
 
 def at_most(rows: EvalSet, count: int | None) -> list[int]:
