@@ -17,6 +17,7 @@ from trainer.commands.evaluate.selection import check_data, selected_run
 from trainer.config import dump
 from trainer.prompts.adapter_files import WeightAdapter, read_adapter
 from trainer.prompts.saved_prompts import SEGMENT, SETTINGS, WEIGHTS
+from trainer.reporting.summary import SUMMARY_FILE
 from trainer.runtime.errors import BadInput
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(BASE)}
@@ -52,6 +53,12 @@ def test_a_run_is_selected(tmp_path: Path) -> None:
     (weights,) = run.weight_adapters
     assert weights.layers["model.layers.0.self_attn.q_proj"]["lora_A"][1] == (2, 128)
     check_data(run)
+
+
+def test_a_summary_of_a_newer_version(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    (folder / SUMMARY_FILE).write_text('{"schema_version": 999, "status": "finished"}')
+    assert "schema_version 999 is newer than" in refused(folder)
 
 
 def test_unknown_names(tmp_path: Path) -> None:

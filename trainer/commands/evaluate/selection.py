@@ -13,6 +13,7 @@ from trainer.evaluation.metric_sums import METRICS, metric_problem, package_prob
 from trainer.evaluation.pass_at_k import PASS_AT_K, k_of
 from trainer.prompts.adapter_files import PromptAdapter, WeightAdapter, read_adapter
 from trainer.prompts.saved_prompts import SEGMENT, WEIGHTS
+from trainer.reporting.summary import load_summary
 from trainer.runtime.errors import BadInput, did_you_mean
 
 #: Temperatures at which answers are sampled; near 0 all of them would be equal.
@@ -42,6 +43,7 @@ def selected_run(options: Options) -> SelectedRun:
     """
     folder = options.run_dir
     config = load_output(folder)
+    load_summary(folder)  # refuses one of a newer version
     problems = [
         *_metric_options(options),
         *_unknown("--task", options.tasks, [task.name for task in config.tasks], str(folder)),
