@@ -200,6 +200,7 @@ def evaluate(
     run = selected_run(options)
     for note in check_data(run, options):
         messages.note(note)
-    report = start_ranks("trainer.commands.evaluate", options.arguments(), run_dir, processes, None)
+    output = str(preflight.measurements_folder(run_dir))
+    report = start_ranks("trainer.commands.evaluate", options.arguments(), output, processes, None)
     messages.show(report)
     raise typer.Exit(report.code)

@@ -126,7 +126,8 @@ def inspect(
     for note in check_data(options.selected_run()):
         messages.note(note)
     module = "trainer.commands.inspect_prompts"
-    report = start_ranks(module, options.arguments(), target, processes, None)
+    output = str(preflight.measurements_folder(target))
+    report = start_ranks(module, options.arguments(), output, processes, None)
     messages.show(report)
     raise typer.Exit(report.code)
 

@@ -21,6 +21,8 @@ from trainer.config import (
     sweeps,
 )
 from trainer.prompts.saved_prompts import source_problems
+from trainer.runtime import log_folder
+from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput, did_you_mean
 from trainer.runtime.json_file import read_json_object
@@ -156,10 +158,18 @@ def check_new_file(path: Path) -> Path:
     return path
 
 
+def measurements_folder(run_dir: str) -> Path:
+    """Return the folder for the results of a run's evaluation; say so if it is not the run's."""
+    folder = log_folder.measurements_folder(Path(run_dir))
+    if folder != Path(run_dir):
+        messages.note(f"{run_dir} cannot be written; results are written to {folder}")
+    return folder
+
+
 def open_log(logs: Path, name: str) -> Path:
     """Create a log file that only its owner may read; return its path."""
     log = logs / name
-    setting = "output_dir" if logs.name == "logs" else "PROMPTSHARD_CACHE"
+    setting = "PROMPTSHARD_CACHE" if logs.is_relative_to(cache_dir("")) else "output_dir"
     with writing(logs, setting):
         logs.mkdir(parents=True, exist_ok=True)
         os.close(open_private(log))

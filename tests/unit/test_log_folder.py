@@ -1,4 +1,4 @@
-"""Logs of commands that read a run of another user, or on a read-only file system."""
+"""Logs and results of commands that read a run of another user, or a read-only file system."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import start
+from launch import preflight, start
 from launch.exit_report import ExitReport
 from trainer.runtime.errors import BadInput
-from trainer.runtime.log_folder import inference_logs
+from trainer.runtime.log_folder import inference_logs, measurements_folder
 
 
 @pytest.fixture
@@ -52,3 +52,26 @@ def test_logs_are_in_the_cache_otherwise(
     monkeypatch.setenv("PROMPTSHARD_CACHE", os.devnull)
     with pytest.raises(BadInput, match="PROMPTSHARD_CACHE: cannot write to /dev/null/"):
         start.start_ranks("trainer.commands.generate", [], str(run_dir), 1, None, single=True)
+
+
+def test_results_are_in_the_cache_if_the_run_cannot_be_written(
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert preflight.measurements_folder(str(run_dir)) == run_dir
+    assert capsys.readouterr().err == ""
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir and allowed(path, mode))
+    folder = preflight.measurements_folder(str(run_dir))
+    assert folder == measurements_folder(run_dir)
+    assert folder.parent == tmp_path / "cache" / "measurements"
+    note = " ".join(capsys.readouterr().err.split())
+    assert "cannot be written; results are written to" in note
+
+    log = preflight.open_log(folder / "logs", "launcher-evaluate.log")
+    assert log.is_file()
+    monkeypatch.setenv("PROMPTSHARD_CACHE", os.devnull)
+    with pytest.raises(BadInput, match="PROMPTSHARD_CACHE: cannot write to /dev/null/"):
+        preflight.open_log(measurements_folder(run_dir) / "logs", "launcher-evaluate.log")

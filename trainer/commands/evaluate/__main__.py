@@ -12,6 +12,7 @@ from trainer.commands.evaluate.options import parse
 from trainer.commands.evaluate.selection import selected_run
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.log_folder import measurements_folder
 from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import report_bad_input, run_guarded
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     return run_guarded(
         rank,
-        options.run_dir / "logs",
+        measurements_folder(options.run_dir) / "logs",
         program,
         resumes_from=lambda folder: "the rows that have been scored",
         answers=options.json == "-",

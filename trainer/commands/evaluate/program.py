@@ -37,6 +37,7 @@ from trainer.reporting.evaluation import EVALUATION_FILE, Evaluation, TaskEvalua
 from trainer.reporting.summary import load_summary
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.log_folder import measurements_folder
 from trainer.training.task_loading import load_tasks_per_node
 
 
@@ -49,8 +50,9 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
     """
     config = run.config
     engine = Engine(config.engine.timeout_seconds)
-    engine.start_watchdog(options.run_dir / "logs", config.engine.silence_seconds)
-    store = PredictionStore(options.run_dir) if engine.is_main else None
+    output = measurements_folder(options.run_dir)
+    engine.start_watchdog(output / "logs", config.engine.silence_seconds)
+    store = PredictionStore(output) if engine.is_main else None
     with engine.held_on_main(None if store is None else store.locked()):
         files = open_base_on_all(engine, config.base, console)
         loaded = engine.run_on_all(lambda: _load(options, run, files, engine.device))
@@ -182,7 +184,7 @@ def _report(
         show(task, result, console)
     write_numbers(
         Evaluation(tasks=results),
-        options.run_dir,
+        measurements_folder(options.run_dir),
         EVALUATION_FILE,
         options.json,
         console,

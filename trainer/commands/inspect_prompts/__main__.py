@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from trainer.commands.inspect_prompts.options import parse
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.log_folder import measurements_folder
 from trainer.runtime.process import die_with_parent, fast_imports, flush_and_exit
 from trainer.runtime.rank_program import report_bad_input, run_guarded
 
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from trainer.commands.inspect_prompts.program import inspect
         inspect(options, run, console)
 
-    return run_guarded(rank, options.run_dir / "logs", program, answers=options.json == "-")
+    logs = measurements_folder(options.run_dir) / "logs"
+    return run_guarded(rank, logs, program, answers=options.json == "-")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from trainer.prompts.soft_prompt import SoftPrompt
 from trainer.reporting.inspection import INSPECTION_FILE, Inspection, PrunedPrompt
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.log_folder import measurements_folder
 from trainer.training.initial_bank import embedding_function, make_bank
 from trainer.training.task_loading import load_tasks_per_node
 
@@ -60,7 +61,8 @@ def inspect(options: Options, run: SelectedRun, console: Console) -> None:
     """
     config = run.config
     engine = Engine(config.engine.timeout_seconds)
-    engine.start_watchdog(options.run_dir / "logs", config.engine.silence_seconds)
+    output = measurements_folder(options.run_dir)
+    engine.start_watchdog(output / "logs", config.engine.silence_seconds)
     files = open_base_on_all(engine, config.base, console)
     known = engine.run_on_all(lambda: _load(options.run_dir, files, engine))
     date = engine.run_on_main(lambda: read_chat_date(options.run_dir))
@@ -99,7 +101,10 @@ def inspect(options: Options, run: SelectedRun, console: Console) -> None:
         for subject, results, shorter in zip(subjects, measured, pruned, strict=True):
             written = None
             if shorter is not None:
-                written = _write_pruned(options.run_dir, files, config, subject, shorter, tasks)
+                folder = output / PRUNED / subject.prompt.name
+                written = _write_pruned(
+                    folder, options.run_dir, files, config, subject, shorter, tasks
+                )
             name = subject.prompt.name
             prompts[name] = inspect_prompt(subject, results, written, files.tokenizer)
         inspection = Inspection(prompts=prompts, similarity=similarity(known.trained))
@@ -151,6 +156,7 @@ def _add_checkpoints(
 
 
 def _write_pruned(
+    folder: Path,
     run_dir: Path,
     files: BaseFiles,
     config: RunConfig,
@@ -158,13 +164,12 @@ def _write_pruned(
     pruned: Pruned,
     tasks: Mapping[str, TaskData],
 ) -> PrunedPrompt:
-    """Write the adapter of a shorter prompt to ``pruned/NAME``; return the result with its path."""
+    """Write the adapter of a shorter prompt; return the result with its path."""
     if pruned.values is None:
         return pruned.result
     name = subject.prompt.name
     fixed_text = read_fixed_text(run_dir / "prompts" / name, files.tokenizer)
     table = tasks[subject.prompt.task].evaluation_at(subject.prompt.placement)["validation"]
-    folder = run_dir / PRUNED / name
     dropped = ", ".join(map(str, pruned.result.dropped))
     save_peft(
         folder,
@@ -185,4 +190,5 @@ def _write_pruned(
 def _report(options: Options, inspection: Inspection, console: Console) -> None:
     """Print the tables; write ``inspection.json`` and the report."""
     show(inspection, console)
-    write_numbers(inspection, options.run_dir, INSPECTION_FILE, options.json, console)
+    folder = measurements_folder(options.run_dir)
+    write_numbers(inspection, folder, INSPECTION_FILE, options.json, console)
