@@ -248,6 +248,8 @@ def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) 
         run.prompts["unfinished"]
     with pytest.raises(BadInput, match="without a prompt, name one of triage, free"):
         base.generate("A cough.")
+    with pytest.raises(BadInput, match="0 is not a number of at least 1"):
+        base.generate("A cough.", "short", max_new_tokens=0)
     with pytest.raises(BadInput, match="leaves no room"):
         base.generate("A cough.", "short", max_new_tokens=100_000)
     tokenizer = copy.deepcopy(base.tokenizer)

@@ -107,7 +107,9 @@ def _checked(
     prompt: SoftPrompt | None,
     max_new_tokens: int | None,
 ) -> GenerationRequest:
-    limit = max_new_tokens or task.max_new_tokens
+    limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    if limit < 1:
+        raise BadInput(f"--max-new-tokens: {limit} is not a number of at least 1; raise it")
     virtual = 0 if prompt is None else prompt.num_virtual_tokens
     room = files.context_length - virtual - limit
     if room < 1:
