@@ -33,6 +33,9 @@ from trainer.inference.predictions import encode_rows
 from trainer.inference.requests import text_request
 from trainer.inference.stream import StreamingDecoder
 from trainer.inference.stream_batch import DecodingBatch
+from trainer.inference.trained_prompts import load_prompts
+from trainer.prompts.peft_adapter import save_peft
+from trainer.prompts.soft_prompt import PrefixKeyValues
 
 TEXTS = [row["text"] for row in ROWS]
 UNLABELED = [{"text": text} for text in TEXTS]
@@ -261,6 +264,16 @@ def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) 
         base.score([ROWS[0], {"text": "x", "label": "none"}], "short")
     with pytest.raises(BadInput, match="no column 'text'"):
         base.score([{"note": "x"}], "short")
+
+
+@pytest.mark.parametrize("num_layers", [3, 5])
+def test_keys_and_values_of_another_number_of_layers_are_refused(
+    tmp_path: Path, base: InferenceBase, num_layers: int
+) -> None:
+    prompt = PrefixKeyValues(torch.ones(2, num_layers, 2, 4, 32))
+    save_peft(tmp_path, prompt, str(TINY), num_layers=num_layers, num_attention_heads=4)
+    with pytest.raises(BadInput, match=f"of {num_layers} layers, and the base has 4"):
+        load_prompts([tmp_path], base.files, torch.device("cpu"))
 
 
 def test_folders_without_prompts_are_refused(tmp_path: Path, run: Run) -> None:

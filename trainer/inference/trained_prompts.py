@@ -23,11 +23,16 @@ def load_prompts(
         BadInput: one is damaged, or was trained for another base.
     """
     prompts = [load_peft(folder).to(device, torch.float32) for folder in folders]
-    width = embedding_size(files.config)
+    width, num_layers = embedding_size(files.config), int(files.config.num_hidden_layers)
     problems = []
     for folder, prompt in zip(folders, prompts, strict=True):
         if isinstance(prompt, PrefixKeyValues):
             check_prefix_tuning(files.config, files.name)
+            if (of_prompt := prompt.tensor.shape[1]) != num_layers:
+                problems.append(
+                    f"{folder}: its keys and values are of {of_prompt} layers, and the base has "
+                    f"{num_layers}; use the base that they were trained for"
+                )
         elif isinstance(prompt, VirtualTokens) and prompt.tensor.shape[1] != width:
             problems.append(
                 f"{folder}: its virtual tokens have width {prompt.tensor.shape[1]}, and the base "
