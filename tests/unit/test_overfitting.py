@@ -162,6 +162,12 @@ def test_the_spread_between_seeds_is_that_of_prompts_with_equal_settings(tmp_pat
     assert f"a score can change by about {points:.1f} points." in words_of(result)
 
 
+def test_seeds_with_equal_scores_do_not_show_how_much_a_score_can_change(tmp_path):
+    prompts = {f"a-{seed}": {"right": 70, "seed": seed} for seed in (0, 1)}
+    words = words_of(assessed(tmp_path, prompts))
+    assert words.endswith("All 2 seeds of a-0 score 70.0%.")
+
+
 def test_the_summary_keeps_the_verdict(tmp_path):
     result = assessed(tmp_path, lengths(72, 70), {"long": 96, "short": 80})
     summary = RunSummary(status="finished", overfitting={"t": result})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from trainer.reporting.html.plots import COLORS, PALEST, Curve, _depths, curve_p
 from trainer.reporting.html.sweep_grids import sweep_grids
 from trainer.reporting.inspection import INSPECTION_FILE, PromptInspection
 from trainer.reporting.result_table import TaskTable, task_tables
-from trainer.reporting.summary import Planned, RunSummary, load_summary, save_summary
+from trainer.reporting.summary import Comparison, Planned, RunSummary, load_summary, save_summary
 from trainer.tracking.run_metadata import RunMetadata
 
 PNG = b"\x89PNG"
@@ -35,6 +36,26 @@ def table_of(prompts: dict[str, float], settings: list[dict[str, Any]]) -> TaskT
         {"status": "finished", "prompts": scores, "tasks": {"t": task}}
     )
     return task_tables(small_config("accuracy", settings), summary)[0]
+
+
+def test_the_headline_names_the_best_baseline():
+    table = table_of({"p": 0.3}, [{"name": "p"}])
+    compared = Comparison(
+        baseline="no_prompt",
+        prompt="p",
+        rows=10,
+        difference=0.0,
+        low=-0.1,
+        high=0.1,
+        p_value=1.0,
+        detectable_difference=0.6,
+        test="McNemar exact",
+        better=False,
+        also_better=[],
+    )
+    assert replace(table, comparison=compared).headline == (
+        "No trained prompt is significantly better than the best baseline (no prompt)"
+    )
 
 
 def test_a_sweep_is_a_grid_of_mean_scores_with_the_best_prompt_framed():

@@ -220,6 +220,9 @@ class _Sentences:
         spread, key = self.result.seeds, f"validation_{self.table.metric}"
         if spread is None:
             return ""
+        if spread.standard_deviation == 0:
+            same = format_score(key, spread.low)
+            return f"All {spread.seeds} seeds of {spread.prompt} score {same}."
         ends = " to ".join(format_score(key, value) for value in (spread.low, spread.high))
         # Standard deviation of the difference of two runs (ISO 5725-6, 4.1: repeatability limit)
         error = math.sqrt(2) * spread.standard_deviation

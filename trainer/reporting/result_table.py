@@ -170,7 +170,10 @@ class TaskTable:
             return "No prompt can be recommended"
         if advised is None:
             assert baseline is not None
-            return f"No prompt is significantly better than {baseline.short_label}"
+            return (
+                "No trained prompt is significantly better than the best baseline "
+                f"({baseline.short_label})"
+            )
         tokens = advised.num_virtual_tokens
         return f"Take {advised.name} ({tokens} virtual token{'s' if tokens > 1 else ''})"
 
