@@ -14,7 +14,7 @@ import yaml
 
 from tests.unit.run_folder import finished_run, small_config
 from trainer.evaluation.prediction_files import baseline_file, path_of
-from trainer.reporting.evaluation import TaskEvaluation, by_rank
+from trainer.reporting.evaluation import TaskEvaluation, by_rank, remarks
 from trainer.reporting.html import write_report
 from trainer.reporting.html.collect import collect
 from trainer.reporting.html.inspection_view import inspection_view
@@ -36,6 +36,12 @@ def table_of(prompts: dict[str, float], settings: list[dict[str, Any]]) -> TaskT
         {"status": "finished", "prompts": scores, "tasks": {"t": task}}
     )
     return task_tables(small_config("accuracy", settings), summary)[0]
+
+
+@pytest.mark.parametrize(("metric", "unit"), [("accuracy", "in points, "), ("loss", "")])
+def test_the_unit_of_differences_is_stated(metric: str, unit: str) -> None:
+    task = TaskEvaluation(rows=9, metric=metric, detectable_difference=None, best="p", arms=[])
+    assert f"the best trained prompt (*), {unit}paired by row" in remarks(task)[0]
 
 
 def test_the_headline_names_the_best_baseline():

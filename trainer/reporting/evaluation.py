@@ -201,9 +201,10 @@ def remarks(task: TaskEvaluation) -> list[str]:
     prompts = [arm for arm in task.arms if arm.kind == "prompt"]
     texts = [arm for arm in task.arms if arm.kind == "hand_written"]
     if task.best is not None:
+        unit = "" if task.metric in LOWER_IS_BETTER else "in points, "
         lines.append(
-            f"difference: to {task.best}, the best trained prompt (*), paired by row, with 95% "
-            "interval; p-values are not corrected for the number of arms."
+            f"difference: to {task.best}, the best trained prompt (*), {unit}paired by row, with "
+            "95% interval; p-values are not corrected for the number of arms."
         )
     if len(prompts) > 1 or len(texts) > 1:
         if task.selected_on == "half":
