@@ -391,6 +391,19 @@ def test_knn_prompting_equals_transformers(
     assert records[0]["target"] == "plants"
 
 
+def test_damaged_records_are_named_with_a_remedy(tmp_path: Path) -> None:
+    store = PredictionStore(tmp_path)
+    store.open("diet", "soft", "digest", fresh=False)
+    store.append("diet", "soft", [{"row": 1}])
+    with store.path("diet", "soft").open("a") as file:
+        file.write("no record\n")
+    with pytest.raises(BadInput, match=r"soft\.jsonl: is damaged .*; remove it and repeat"):
+        store.records("diet", "soft")
+    store.path("diet", "soft").unlink()
+    assert store.open("diet", "soft", "digest", fresh=False) == 0
+    assert store.records("diet", "soft") == []
+
+
 def test_a_half_without_rows_is_refused_before_anything_is_scored(tmp_path: Path) -> None:
     config = make_run(tmp_path)
     (tmp_path / "valid.jsonl").write_text('{"text": "A deer.", "label": "plants"}\n' * 4)

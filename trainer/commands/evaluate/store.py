@@ -119,7 +119,14 @@ class PredictionStore:
             os.fsync(file.fileno())
 
     def records(self, task: str, arm: str) -> list[dict[str, Any]]:
-        return list(read(self.path(task, arm)))
+        """Return all records of an arm; raises ``BadInput`` if the file is damaged."""
+        path = self.path(task, arm)
+        try:
+            return list(read(path))
+        except ValueError as error:
+            raise BadInput(
+                f"{path}: is damaged ({error}); remove it and repeat the command"
+            ) from None
 
 
 def _digest(path: Path) -> str | None:
