@@ -8,7 +8,12 @@ import pytest
 
 from tests.unit.run_folder import small_config
 from trainer.evaluation.prediction_files import TEACHER
-from trainer.evaluation.score_format import column_title, format_score, score_interval
+from trainer.evaluation.score_format import (
+    column_title,
+    format_difference,
+    format_score,
+    score_interval,
+)
 from trainer.reporting.result_table import task_tables
 from trainer.reporting.run_results import selection
 from trainer.reporting.summary import RunSummary
@@ -131,3 +136,8 @@ def test_numbers_and_columns_in_words():
     assert format_score("validation_loss", None) == "–"
     assert column_title("shifted_validation_macro_f1") == "OOD macro F1"
     assert column_title("validation_KL_divergence") == "KL divergence"
+
+
+@pytest.mark.parametrize(("key", "zero"), [("validation_accuracy", "+0.0"), ("loss", "+0.0000")])
+def test_a_difference_that_rounds_to_zero_is_not_negative(key: str, zero: str) -> None:
+    assert format_difference(key, -1e-6) == zero

@@ -86,7 +86,7 @@ def format_with_interval(
 
 def format_difference(key: str, value: float) -> str:
     """Format a difference: ``+5.0`` points of a rate or ``-0.1234`` nats of a loss."""
-    return f"{value:+.4f}" if is_loss(key) else f"{100 * value:+.1f}"
+    return f"{value:+z.4f}" if is_loss(key) else f"{100 * value:+z.1f}"
 
 
 def column_title(key: str) -> str:

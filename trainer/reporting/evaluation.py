@@ -252,8 +252,8 @@ def format_value(metric: str, value: float | None) -> str:
 def format_difference(metric: str, value: float) -> str:
     """Format a difference: ``+5.0`` points, or ``-0.1234`` nats of a loss."""
     if metric == "loss":
-        return f"{value:+.4f}"
-    return f"{value:+.2f}" if metric == "perplexity" else f"{100 * value:+.1f}"
+        return f"{value:+z.4f}"
+    return f"{value:+z.2f}" if metric == "perplexity" else f"{100 * value:+z.1f}"
 
 
 def effect_text(metric: str, effect: Effect | None) -> str:

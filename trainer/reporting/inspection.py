@@ -235,7 +235,7 @@ def losses_without(tokens: Sequence[TokenInspection]) -> list[str | None]:
     for token in tokens:
         change, half = token.leave_one_out, token.half_interval
         interval = "" if half is None else f" ±{half:.{places}f}"
-        texts.append(None if change is None else f"{change:+.{places}f}{interval}")
+        texts.append(None if change is None else f"{change:+z.{places}f}{interval}")
     return texts
 
 

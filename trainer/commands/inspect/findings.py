@@ -127,7 +127,7 @@ def _loss_warnings(losses: Mapping[str, Any] | None, remedy: str) -> Iterator[st
             in_weights = _is_large_change(reader, EXACT_INT8, reference)
             yield (
                 f"task {task}, {reader_name(reader)}: the loss with {name} differs by "
-                f"{change:+.1%} from {reference}, more than {LOSS_LIMIT:.0%}; remedy: "
+                f"{change:+z.1%} from {reference}, more than {LOSS_LIMIT:.0%}; remedy: "
                 f"{remedy if in_weights else 'base.matmul=dequantize'}"
             )
 
@@ -218,7 +218,7 @@ def _show_losses(losses: Mapping[str, Any], console: Console) -> None:
                         reader_name(reader) if name == shown[0] else "",
                         name,
                         "not finite" if scores["loss"] is None else _number(scores["loss"]),
-                        "" if change is None else f"{change:+.2%}",
+                        "" if change is None else f"{change:+z.2%}",
                         *([_number(scores["accuracy"])] if scored else []),
                     ]
                 )

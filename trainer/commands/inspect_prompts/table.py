@@ -233,8 +233,8 @@ def pruned_text(name: str, pruned: PrunedPrompt) -> str:
         f"{name}: pruned to {pruned.num_virtual_tokens} virtual tokens, without "
         f"{', '.join(map(str, pruned.dropped))}, chosen on {pruned.chosen_on} rows. On the other "
         f"{pruned.rows} rows: loss {pruned.loss_before:.4f} -> {pruned.loss:.4f}, difference "
-        f"{pruned.difference:+.4f} ({low:+.4f} to {high:+.4f}){scores}. {pruned.advice} Adapter: "
-        f"{pruned.adapter}"
+        f"{pruned.difference:+z.4f} ({low:+z.4f} to {high:+z.4f}){scores}. {pruned.advice} "
+        f"Adapter: {pruned.adapter}"
     )
 
 
@@ -273,4 +273,4 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _signed(value: float | None, places: int) -> str:
-    return NONE if value is None else f"{value:+.{places}f}"
+    return NONE if value is None else f"{value:+z.{places}f}"

@@ -101,8 +101,8 @@ def _pruned(inspection: PromptInspection) -> str:
     return (
         f"{len(pruned.dropped)} of {len(inspection.tokens)} virtual tokens were pruned: loss "
         f"{pruned.loss_before:.4f} before, {pruned.loss:.4f} after, difference "
-        f"{pruned.difference:+.4f} (95% interval {pruned.difference_low:+.4f} to "
-        f"{pruned.difference_high:+.4f}) on {pruned.rows:,} other rows. {pruned.advice}"
+        f"{pruned.difference:+z.4f} (95% interval {pruned.difference_low:+z.4f} to "
+        f"{pruned.difference_high:+z.4f}) on {pruned.rows:,} other rows. {pruned.advice}"
     )
 
 
