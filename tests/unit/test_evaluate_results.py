@@ -29,6 +29,7 @@ from trainer.reporting.evaluation import (
     titles,
 )
 from trainer.reporting.html import write_report
+from trainer.reporting.markdown_text import markdown
 from trainer.reporting.mlflow_note import read_results
 from trainer.reporting.summary import RunSummary
 from trainer.runtime.console import Console
@@ -207,6 +208,18 @@ def test_arms_have_different_names() -> None:
     assert _unique(arms) == ["shots-3", "prompt-shots-3", "adapter-shots-3"]
 
 
+def test_note_shows_instructions_as_they_are(tmp_path: Path) -> None:
+    folder = run_folder.write_inputs(tmp_path / "run")
+    run_folder.write_results(folder)
+    path, text = folder / "summary.json", "![x](http://host/y) | <b>*z*</b>"
+    summary = json.loads(path.read_text())
+    summary["tasks"]["triage"]["hand_written"][0]["text"] = text
+    path.write_text(json.dumps(summary))
+    note = read_results(folder).note
+    assert text not in note
+    assert markdown(text) in note
+
+
 def test_report_and_note_show_the_evaluation(tmp_path: Path) -> None:
     scores = {"no_prompt": "1000", "hand_written-1": "1010", "soft": "1111"}
     task = results(tmp_path, scores)
@@ -223,6 +236,6 @@ def test_report_and_note_show_the_evaluation(tmp_path: Path) -> None:
             assert cell in note
     for line in remarks(task):
         assert line in html
-        assert line in note
+        assert markdown(line) in note
     (folder / EVALUATION_FILE).write_text("{}")
     assert "Evaluation on" not in write_report(folder).read_text(), "a damaged file is left out"

@@ -17,7 +17,8 @@ from trainer.config import Base
 from trainer.model.base_license import License, base_license
 from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
-from trainer.reporting.model_card import CARD, markdown, write_cards
+from trainer.reporting.markdown_text import markdown
+from trainer.reporting.model_card import CARD, write_cards
 from trainer.reporting.result_table import task_tables
 from trainer.reporting.summary import load_summary
 

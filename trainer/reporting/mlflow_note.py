@@ -19,6 +19,7 @@ from trainer.reporting.evaluation import (
     remarks,
     titles,
 )
+from trainer.reporting.markdown_text import markdown
 from trainer.reporting.result_table import PROMPT, ResultRow, TaskTable, task_tables
 from trainer.reporting.summary import PromptResult, RunSummary, load_summary
 from trainer.runtime.errors import BadInput
@@ -83,25 +84,26 @@ def note(tables: list[TaskTable], evaluation: Evaluation | None = None) -> str:
     """
     lines = []
     for table in tables:
-        subject = f"**{table.task}**: " if len(tables) > 1 else ""
-        lines += [_cell(subject + table.verdict, 600), ""]
+        subject = f"**{markdown(table.task)}**: " if len(tables) > 1 else ""
+        lines += [subject + _text(table.verdict, 600), ""]
         if table.overfitting and table.overfitting.verdict:
-            lines += [_cell(" ".join(table.overfitting.verdict), 900), ""]
+            lines += [_text(" ".join(table.overfitting.verdict), 900), ""]
     for table in tables:
-        lines += [f"#### Task {table.task}", "", f"| {' | '.join(['prompt', *table.titles])} |"]
+        lines += [f"#### Task {markdown(table.task)}", ""]
+        lines += [f"| {' | '.join(['prompt', *map(markdown, table.titles)])} |"]
         lines += ["|---|" + "---:|" * len(table.columns)]
         for row in table.rows:
-            shown = f"**{row.label}** ({row.detail})" if row.kind == PROMPT else row.label
-            shown += f", {row.tag}" if row.tag else ""
-            lines.append(f"| {' | '.join([_cell(shown), *table.cells(row)])} |")
+            name, tag = _text(row.label), f", {row.tag}" if row.tag else ""
+            shown = f"**{name}** ({row.detail})" if row.kind == PROMPT else name
+            lines.append(f"| {' | '.join([shown + tag, *table.cells(row)])} |")
         lines.append("")
     for name, task in evaluation.tasks.items() if evaluation else ():
-        lines += [f"#### Evaluation of {name} on {task.rows:,} rows", ""]
-        lines += [f"| {' | '.join(['prompt', *titles(task)])} |"]
+        lines += [f"#### Evaluation of {markdown(name)} on {task.rows:,} rows", ""]
+        lines += [f"| {' | '.join(['prompt', *map(markdown, titles(task))])} |"]
         lines += ["|---|" + "---:|" * len(titles(task))]
         for arm in task.arms:
-            lines.append(f"| {' | '.join([_cell(label(task, arm)), *cells(task, arm)])} |")
-        lines += ["", *(f"{line}  " for line in remarks(task)), ""]
+            lines.append(f"| {' | '.join([_text(label(task, arm)), *cells(task, arm)])} |")
+        lines += ["", *(f"{markdown(line)}  " for line in remarks(task)), ""]
     return "\n".join(lines)[:MAX_TAG]
 
 
@@ -113,5 +115,5 @@ def _finite_scores(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     ]
 
 
-def _cell(text: str, limit: int = 160) -> str:
-    return shorten(" ".join(text.split()).replace("|", "\\|"), limit)
+def _text(text: str, limit: int = 160) -> str:
+    return markdown(shorten(" ".join(text.split()), limit))

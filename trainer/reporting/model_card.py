@@ -7,10 +7,7 @@ vLLM and promptshard.
 
 from __future__ import annotations
 
-import html
 import math
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from trainer.evaluation.statistics import STANDARD_ERROR
 from trainer.model.base_license import License
 from trainer.prompts.adapter_files import SETTINGS
 from trainer.reporting.html.run_warnings import DataSplit, data_splits
+from trainer.reporting.markdown_text import argument, code, markdown
 from trainer.reporting.result_table import ResultRow, TaskTable
 from trainer.reporting.summary import RunSummary
 from trainer.runtime import atomic_io
@@ -31,7 +29,6 @@ from trainer.runtime.redact import printable, redact
 CARD = "README.md"
 #: Value of the field ``license`` if neither the run file nor the base states one.
 NO_LICENSE = License("unknown")
-_SPECIAL = re.compile(r"([\\`*_\[\]|~])")
 #: Settings of a prompt that the card lists, if they are set.
 _SETTINGS = (
     *("method", "encoder", "share", "num_virtual_tokens", "position", "objective", "preset"),
@@ -253,20 +250,3 @@ def _scores(table: TaskTable, row: ResultRow) -> str:
     if row.best and table.comparison is not None:
         text += f" {markdown(table.verdict)}"
     return text
-
-
-def markdown(text: str) -> str:
-    """Escape untrusted text, so that Markdown and HTML show it as it is, in one line."""
-    one_line = " ".join(printable(text).split())
-    return _SPECIAL.sub(r"\\\1", html.escape(one_line, quote=False))
-
-
-def argument(text: str) -> str:
-    """Quote untrusted text as one argument of a command in a block of code."""
-    return shlex.quote(" ".join(printable(text).split()).replace("```", "` ` `"))
-
-
-def code(text: str) -> str:
-    """Format untrusted text as a span of code in one line, also in a table."""
-    one_line = " ".join(printable(text).split()).replace("`", "'").replace("|", "¦")
-    return f"`{one_line}`"
