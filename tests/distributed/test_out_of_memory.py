@@ -26,7 +26,7 @@ def test_a_rank_with_its_own_copy_splits_the_batch_and_continues(results: Any, r
     assert set(result["ways"]) == {"forward", "backward"}
     for way in result["ways"].values():
         losses, expected = way["losses"]
-        assert losses == pytest.approx(expected, abs=1e-6)
+        assert losses == pytest.approx(expected, rel=1e-6)
         assert max(way["errors"]) < 1e-5
         first, after = way["splits"]
         assert first >= 1

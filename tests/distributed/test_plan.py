@@ -149,4 +149,6 @@ def test_plan_predicts_what_a_run_measures(
     assert cost.gathered_bytes == pytest.approx(most("gathered"), rel=0.05)
     assert cost.flops == pytest.approx(most("flops"), rel=0.03)
     assert cost.saved_bytes / cost.tokens == pytest.approx(most("saved_per_token"), rel=0.10)
-    assert option.bytes.needed == pytest.approx(most("base") + most("peak"), rel=0.2)
+    # At the peak of a prefix, fewer layers are gathered than planned.
+    tolerance = 0.25 if case == "mistral-prefix" else 0.15
+    assert option.bytes.needed == pytest.approx(most("base") + most("peak"), rel=tolerance)
