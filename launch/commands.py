@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -311,10 +311,10 @@ def sync(
     raise typer.Exit(code)
 
 
-def _add(group: str, *functions: Callable[..., None]) -> None:
-    """Add commands under a heading of ``promptshard --help``."""
+def _add(group: str, *functions: Callable[..., None], **settings: Any) -> None:
+    """Add commands under a heading of ``promptshard --help``; ``settings`` are those of Typer."""
     for function in functions:
-        app.command(epilog=EXIT_CODES, rich_help_panel=group)(function)
+        app.command(**{"epilog": EXIT_CODES, "rich_help_panel": group} | settings)(function)
 
 
 _add(
@@ -326,12 +326,13 @@ _add(
     settings_commands.schema,
 )
 _add("Train", validate, plan_command.plan, prepare, train, slurm_commands.submit)
-app.command(
-    epilog=status_commands.STATUS_EPILOG,
+_add(
+    "Train",
+    status_commands.status,
     cls=status_commands.StatusCommand,
-    rich_help_panel="Train",
-)(status_commands.status)
-app.command("list", epilog=EXIT_CODES, rich_help_panel="Train")(status_commands.list_)
+    epilog=status_commands.STATUS_EPILOG,
+)
+_add("Train", status_commands.list_, name="list")
 _add("Train", sync)
 _add("Compare", evaluate_command.evaluate, inspect_command.inspect, lint_command.lint)
 _add(

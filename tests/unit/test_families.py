@@ -124,7 +124,8 @@ class TestFamily:
         expected, wanted = row_by_row(plain(case, quantization), packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         recurrent = FAMILIES[CASES[case][0]].recurrent  # padding changes the order of sums
-        assert max(errors(gradients, wanted)) < (2e-4 if recurrent else 2e-5)
+        limit = 2e-5 if case == "gemma3n" else 1e-5  # 1.2e-5 on a CPU with AMX
+        assert max(errors(gradients, wanted)) < (2e-4 if recurrent else limit)
 
     def test_virtual_tokens_inside_the_text_equal_plain(
         self, ours: Any, plain: Any, case: str
@@ -136,7 +137,7 @@ class TestFamily:
         expected, wanted = row_by_row(plain(case, "int8"), packed_rows, prompts)
         assert losses == pytest.approx(expected, rel=1e-5)
         recurrent = FAMILIES[CASES[case][0]].recurrent  # padding changes the order of sums
-        assert max(errors(gradients, wanted)) < (2e-4 if recurrent else 2e-5)
+        assert max(errors(gradients, wanted)) < (2e-4 if recurrent else 1e-5)
 
     def test_a_diverged_prompt_does_not_change_the_others(self, ours: Any, case: str) -> None:
         base = ours(case, "int8")

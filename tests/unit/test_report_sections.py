@@ -321,7 +321,7 @@ def test_cells_have_titles_where_headers_are_hidden(tmp_path, monkeypatch):
 
 
 def test_dollar_signs_in_the_name_of_a_class_are_no_formula() -> None:
-    """``$\\frac{$`` is no valid formula; ``$5 to $`` would be one."""
+    """matplotlib would draw ``$5 to $`` as a formula, and fail at ``$\\frac{$``."""
     levels = {'always "$5 to $10"': 0.3, 'always "$\\frac{$"': 0.5}
     curve = Curve("soft", COLORS[0], [])
     _, accuracy = curve_plots("t", [curve], "accuracy", levels, "step", "loss")

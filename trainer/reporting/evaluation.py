@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.evaluation import score_format
 from trainer.evaluation.lint.results import Effect
 from trainer.evaluation.metric_sums import LOWER_IS_BETTER
 from trainer.evaluation.pass_at_k import k_of
@@ -242,18 +243,16 @@ def _answers(k: int | None) -> str:
 
 def format_value(metric: str, value: float | None) -> str:
     """Format a score: a loss or perplexity as a number, any other in percent."""
-    if value is None or not math.isfinite(value):
-        return NONE if value is None else "not finite"
-    if metric == "loss":
-        return f"{value:.4f}"
-    return f"{value:.2f}" if metric == "perplexity" else f"{100 * value:.1f}%"
+    if metric == "perplexity" and value is not None and math.isfinite(value):
+        return f"{value:.2f}"
+    return score_format.format_score(metric, value)
 
 
 def format_difference(metric: str, value: float) -> str:
     """Format a difference: ``+5.0`` points, or ``-0.1234`` nats of a loss."""
-    if metric == "loss":
-        return f"{value:+z.4f}"
-    return f"{value:+z.2f}" if metric == "perplexity" else f"{100 * value:+z.1f}"
+    if metric == "perplexity":
+        return f"{value:+z.2f}"
+    return score_format.format_difference(metric, value)
 
 
 def effect_text(metric: str, effect: Effect | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -82,7 +83,7 @@ def evaluate(options: Options, run: SelectedRun, console: Console) -> None:
             arms = engine.run_on_all(lambda: _arms(builders))
         score_missing(base, arms, loaded, store, fresh=options.fresh)
         if store is not None:
-            _report(options, run, arms, store, cost, console)
+            _report(options, output, run, arms, store, cost, console)
     engine.close()
 
 
@@ -162,6 +163,7 @@ def _base_cost(engine: Engine, files: BaseFiles, run: SelectedRun) -> BaseCost:
 
 def _report(
     options: Options,
+    output: Path,
     run: SelectedRun,
     arms: Mapping[str, Sequence[Arm]],
     store: PredictionStore,
@@ -184,7 +186,7 @@ def _report(
         show(task, result, console)
     write_numbers(
         Evaluation(tasks=results),
-        measurements_folder(options.run_dir),
+        output,
         EVALUATION_FILE,
         options.json,
         console,

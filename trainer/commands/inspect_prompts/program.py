@@ -108,7 +108,7 @@ def inspect(options: Options, run: SelectedRun, console: Console) -> None:
             name = subject.prompt.name
             prompts[name] = inspect_prompt(subject, results, written, files.tokenizer)
         inspection = Inspection(prompts=prompts, similarity=similarity(known.trained))
-        _report(options, inspection, console)
+        _report(options, output, inspection, console)
     engine.close()
 
 
@@ -187,8 +187,7 @@ def _write_pruned(
     return pruned.result.model_copy(update={"adapter": str(folder)})
 
 
-def _report(options: Options, inspection: Inspection, console: Console) -> None:
+def _report(options: Options, output: Path, inspection: Inspection, console: Console) -> None:
     """Print the tables; write ``inspection.json`` and the report."""
     show(inspection, console)
-    folder = measurements_folder(options.run_dir)
-    write_numbers(inspection, folder, INSPECTION_FILE, options.json, console)
+    write_numbers(inspection, output, INSPECTION_FILE, options.json, console)

@@ -32,7 +32,7 @@ STYLE = {
     "svg.hashsalt": "promptshard",  # equal plots have equal bytes
     "font.family": "sans-serif",
     "font.size": 9.5,
-    "text.parse_math": False,  # a name with two dollar signs is no formula
+    "text.parse_math": False,  # text between dollar signs is not a formula
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
