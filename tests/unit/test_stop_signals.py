@@ -18,18 +18,20 @@ import ctypes, os, signal, sys, threading, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 def blocked():
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    threading.Timer(0.5, os.kill, (os.getpid(), getattr(signal, sys.argv[3]))).start()
     library.pthread_mutex_lock(mutex)
     library.pthread_mutex_lock(mutex)  # waits in C code, as torch for other ranks
 def stop(*args, **kwargs):
     if sys.argv[4:] == ["blocked"]:
+        threading.Timer(0.5, os.kill, (os.getpid(), getattr(signal, sys.argv[3]))).start()
         blocked()
     try:
         os.kill(os.getpid(), getattr(signal, sys.argv[3]))
         signal.pause()
     except KeyboardInterrupt:
-        if sys.argv[4:] == ["swallowed"]:
+        if sys.argv[4:] == ["replaced"]:
             raise ModuleNotFoundError("Could not import module") from None
+        if sys.argv[4:] == ["lost"]:
+            blocked()
         raise
 if sys.argv[1] == "train":
     sys.modules["trainer.run"] = types.SimpleNamespace(train=stop)
@@ -68,7 +70,7 @@ def test_only_training_reports_that_it_can_be_resumed(
 
 def test_a_library_may_turn_the_signal_into_another_error(tmp_path: Path) -> None:
     """An import that a signal ends can fail with an error of its own."""
-    done = stopped_rank(tmp_path, "train", "SIGTERM", "swallowed")
+    done = stopped_rank(tmp_path, "train", "SIGTERM", "replaced")
     assert done.returncode == 75, done.stderr
     assert done.stderr.startswith("Stopped before the first checkpoint. Rerun the command")
 
@@ -80,6 +82,13 @@ def test_a_signal_ends_a_rank_that_waits_in_c_code(tmp_path: Path, signal_name: 
     assert done.returncode == 75, done.stderr
     assert done.stderr == f"{RESTARTED}\n"
     assert (tmp_path / "out" / "logs" / "stopped.txt").exists()
+
+
+def test_a_lost_interrupt_ends_a_rank_that_waits_in_c_code(tmp_path: Path) -> None:
+    """Python and libraries can ignore ``KeyboardInterrupt``; the rank then waits for others."""
+    done = stopped_rank(tmp_path, "train", "SIGTERM", "lost")
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == f"{RESTARTED}\n"
 
 
 def stopped_rank(

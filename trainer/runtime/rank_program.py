@@ -126,6 +126,7 @@ def run_guarded(
 
 def _interrupted(logs: Path, resumes_from: FindCheckpoint | None, console: Console) -> int:
     """End the program after a stop signal to this rank; return the exit code."""
+    stop_signals.ending()
     stop_signals.write_stop_file(logs)
     if resumes_from is not None:
         return _stopped(resumes_from(logs.parent), console)

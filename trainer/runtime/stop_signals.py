@@ -8,7 +8,9 @@ While loading, the rank that receives the signal stops at once, and the connecti
 ranks to it fail. They read the reason from a file in ``logs``.
 
 Python calls signal handlers between two instructions of the main thread, so never while C++ code
-waits for ranks that do not connect. A thread ends the process then.
+waits for ranks that do not connect. A ``KeyboardInterrupt`` can also be lost: Python ignores it in
+``__del__`` and in callbacks of weak references, and libraries may catch it. A thread ends the
+process in both cases.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,9 @@ FILE = "stopped.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 #: Seconds after a signal until the main thread is considered blocked.
 BLOCKED_SECONDS = 3.0
+#: Seconds after a signal until its ``KeyboardInterrupt`` is considered lost. Less than the time
+#: after which the launcher kills the ranks that remain (``LOSS_SECONDS``).
+LOST_SECONDS = 10.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,16 +38,19 @@ class Stopped(KeyboardInterrupt):
 
 _received = False
 _deferred = False
+_ending = threading.Event()
 
 
 def install_handlers(end: Callable[[], object]) -> None:
     """Make stop signals raise ``KeyboardInterrupt``, and unblock them.
 
     Args:
-        end: ends the process; called in a thread if the main thread is blocked while loading.
+        end: ends the process; called in a thread if a signal does not end the main thread while
+            loading (see ``ending``).
     """
     global _received, _deferred
     _received = _deferred = False
+    _ending.clear()
     for number in SIGNALS:
         # Background jobs of a shell ignore SIGINT.
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
@@ -60,6 +67,11 @@ def defer() -> None:
     """From now on, stop signals only set the flag of ``stop_requested``."""
     global _deferred
     _deferred = True
+
+
+def ending() -> None:
+    """State that the main thread is ending the process because of a signal."""
+    _ending.set()
 
 
 def stop_requested() -> bool:
@@ -93,8 +105,10 @@ def _end_if_blocked(signals: int, end: Callable[[], object]) -> None:
     """Wait for signals, whose numbers Python writes into a pipe at once."""
     while number := os.read(signals, 1):
         if number[0] in SIGNALS and not _deferred:
-            time.sleep(BLOCKED_SECONDS)
-            if not _received and not _deferred:
+            _ending.wait(BLOCKED_SECONDS)
+            if _received:
+                _ending.wait(LOST_SECONDS - BLOCKED_SECONDS)
+            if not _ending.is_set() and not _deferred:
                 end()
 
 
