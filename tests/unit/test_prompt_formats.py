@@ -39,8 +39,10 @@ from trainer.model.checkpoint_files import open_base
 from trainer.model.embedding_lookup import read_token_embeddings
 from trainer.packing.packed_batch import build_packed_batch
 from trainer.packing.packed_row import PackedRow
+from trainer.prompts.adapter_files import PromptAdapter, read_adapter
 from trainer.prompts.formats.target_names import TARGET_NAMES
-from trainer.prompts.peft_adapter import FixedText, save_peft
+from trainer.prompts.peft_adapter import FixedText, load_peft, save_peft
+from trainer.prompts.saved_prompts import find_source
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
@@ -412,6 +414,9 @@ def test_keys_and_values(tmp_path: Path) -> None:
         exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
         assert names["model"].active_peft_config.peft_type == wanted
         assert f"base, {str(out)!r})" in (out / "README.md").read_text()
+        assert find_source(str(out)).prefix  # for ``init.from``
+        assert isinstance(read_adapter(str(out), str(base)), PromptAdapter)
+        assert torch.equal(load_peft(out).tensor, past)
     assert torch.equal(logits["cartridge"], logits["prefix_tuning"])
     assert torch.equal(logits[None], logits["prefix_tuning"])
     export(run, tmp_path / "npz", "npz")

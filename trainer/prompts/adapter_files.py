@@ -15,6 +15,7 @@ from typing import Any
 
 from trainer.config import resolve_path
 from trainer.prompts.saved_prompts import (
+    KEYS_AND_VALUES,
     SEGMENT,
     SETTINGS,
     VIRTUAL_TOKENS,
@@ -105,11 +106,11 @@ def read_adapter(path: str, base: str, *, force: bool = False) -> PromptAdapter 
         size = (folder / WEIGHTS).stat().st_size
         if not force:
             _check_base(folder, settings.get("base_model_name_or_path"), base)
-        if kind in (*VIRTUAL_TOKENS, "PREFIX_TUNING"):
+        if kind in (*VIRTUAL_TOKENS, *KEYS_AND_VALUES):
             find_source(str(folder))
             return PromptAdapter(name, folder, size, (folder / SEGMENT).is_file())
         if kind not in _PARTS:
-            known = ", ".join([*_PARTS, *VIRTUAL_TOKENS, "PREFIX_TUNING"])
+            known = ", ".join([*_PARTS, *VIRTUAL_TOKENS, *KEYS_AND_VALUES])
             raise BadInput(
                 f"{folder}: adapters of type {kind} are not supported; known: {known}. Merge it "
                 "into a copy of the base with PEFT, and run promptshard with that base"

@@ -20,7 +20,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from trainer.prompts.saved_prompts import SEGMENT, SETTINGS, TENSOR, WEIGHTS, trained_rows
+from trainer.prompts.saved_prompts import (
+    KEYS_AND_VALUES,
+    SEGMENT,
+    SETTINGS,
+    TENSOR,
+    WEIGHTS,
+    trained_rows,
+)
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
@@ -104,7 +111,7 @@ def read_fixed_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> FixedTe
         values: Tensor = load_file(folder / WEIGHTS)[TENSOR]
         trained, segment = trained_rows(folder, len(values)), read_json_object(folder / SEGMENT)
         parts = segment["before"], segment["after"]
-        prefix = read_json_object(folder / SETTINGS)["peft_type"] == "PREFIX_TUNING"
+        prefix = read_json_object(folder / SETTINGS)["peft_type"] in KEYS_AND_VALUES
         around = values[: trained.start], values[trained.stop :]
         embeddings = None if prefix else torch.cat(around)
         before, after = (str(tokenizer.decode(list(part))) for part in parts)
@@ -235,7 +242,7 @@ def load_peft(folder: Path) -> SoftPrompt:
     try:
         values: Tensor = load_file(folder / WEIGHTS)[TENSOR]
         config = read_json_object(folder / SETTINGS)
-        if config["peft_type"] != "PREFIX_TUNING":
+        if config["peft_type"] not in KEYS_AND_VALUES:
             return VirtualTokens(values[trained_rows(folder, len(values))])
         shape = (config["num_layers"], 2, config["num_attention_heads"], -1)
         return PrefixKeyValues(values.unflatten(1, shape))

@@ -21,8 +21,9 @@ SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SEGMENT = "segment.json"
 #: The only tensor of an adapter, with one row per virtual token.
 TENSOR = "prompt_embeddings"
-#: PEFT types of adapters with virtual tokens; PREFIX_TUNING has keys and values.
+#: PEFT types of adapters with virtual tokens, and with keys and values, in one layout each.
 VIRTUAL_TOKENS = ("PROMPT_TUNING", "P_TUNING")
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ def find_source(path: str) -> PromptSource:
         raise BadInput(
             [f"{problem}; export the prompt again" for problem in error.problems]
         ) from None
-    if kind not in (*VIRTUAL_TOKENS, "PREFIX_TUNING"):
+    if kind not in (*VIRTUAL_TOKENS, *KEYS_AND_VALUES):
         raise BadInput(
             f"{folder}: is an adapter of type {kind!r}, which has no prompt; known: "
-            f"{', '.join(VIRTUAL_TOKENS)}, PREFIX_TUNING"
+            f"{', '.join((*VIRTUAL_TOKENS, *KEYS_AND_VALUES))}"
         )
     rows, width = _shape(folder)
     trained = trained_rows(folder, rows)
-    return PromptSource(folder, kind == "PREFIX_TUNING", trained.stop - trained.start, width)
+    return PromptSource(folder, kind in KEYS_AND_VALUES, trained.stop - trained.start, width)
 
 
 def trained_rows(folder: Path, rows: int) -> slice:
