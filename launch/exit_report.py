@@ -14,6 +14,7 @@ from trainer.runtime.errors import (
     EXIT_PORT_TAKEN,
     EXIT_RESUMABLE,
 )
+from trainer.runtime.process import rerun
 
 #: Beginning of the last line of a launcher's log, which is the message of the ``ExitReport``.
 VERDICT = "promptshard: "
@@ -62,7 +63,7 @@ def describe(
     if stopped:
         message = f"Stopped by {stopped[0].name}; all processes have ended."
         if resumable:
-            return ExitReport(EXIT_RESUMABLE, f"{message} Rerun the command to resume.")
+            return ExitReport(EXIT_RESUMABLE, f"{message} {rerun()} to resume.")
         return ExitReport(EXIT_FAILURE, message)
     if returncode == EXIT_PORT_TAKEN:
         return ExitReport(EXIT_FAILURE, "the rendezvous port is used by another process", True)

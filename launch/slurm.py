@@ -284,7 +284,13 @@ def _srun(job: Job) -> Iterator[str]:
     yield '--master-addr "${hosts[0]}" --master-port "$port" "$@" &'
 
 
+def submit_again(*, fresh: bool) -> str:
+    """Return what resumes a stopped job; with ``--fresh`` it would start over."""
+    return f"submit it again{' without --fresh' if fresh else ''} to resume"
+
+
 def _shell(job: Job) -> Iterator[str]:
+    again = submit_again(fresh=job.fresh)
     yield f"""
 step= notified= time_limit_near= cancelled=
 notify() {{
@@ -314,11 +320,11 @@ job=$SLURM_JOB_ID
 if [ "$code" -ne {EXIT_RESUMABLE} ]; then
     log "ended with exit code $code"
 elif [ -n "$cancelled" ]; then
-    log "stopped and saved; submit it again to resume, unless Slurm requeues it"
+    log "stopped and saved; {again}, unless Slurm requeues it"
 elif [ "$restarts" -ge {job.max_requeues} ]; then
-    log "stopped and saved, requeued {job.max_requeues} times already; submit it again to resume"
+    log "stopped and saved, requeued {job.max_requeues} times already; {again}"
 else
     log "stopped and saved; requeued as restart $((restarts + 1)) of at most {job.max_requeues}"
-    scontrol requeue "$job" || log "could not be requeued; submit it again to resume" >&2
+    scontrol requeue "$job" || log "could not be requeued; {again}" >&2
 fi
 exit "$code\""""

@@ -190,7 +190,8 @@ def submit(
     typer.echo(f"log:      {log}")
     typer.echo(f"status:   promptshard status {shlex.quote(output_dir)}")
     where = f"--clusters={cluster} " if cluster else ""
-    typer.echo(f"stop:     scancel {where}{number}   (saves first; submit again to resume)")
+    again = slurm.submit_again(fresh=fresh)
+    typer.echo(f"stop:     scancel {where}{number}   (saves first; {again})")
 
 
 def _checked(

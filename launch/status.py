@@ -7,6 +7,7 @@ Files may be damaged or untrusted: each is parsed into a model, or counts as mis
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ class StatusReader:
         job = state_of(number, self._query(number, submission.cluster)) if number else None
         status = self._run(self.run_dir, job, folder / "run.yaml", quick)
         if status.resume:
-            status.resume = submission.command or status.resume
+            status.resume = _without_fresh(submission.command) or status.resume
         return status
 
     def _query(self, number: str, cluster: str) -> dict[str, JobState]:
@@ -120,6 +121,14 @@ class StatusReader:
         elif summary is not None:
             status.prompts = _prompts_of_summary(summary)
         return status
+
+
+def _without_fresh(command: str) -> str:
+    """Remove the option from a command that would start the run over."""
+    try:
+        return shlex.join(word for word in shlex.split(command) if word != "--fresh")
+    except ValueError:  # a damaged record
+        return command
 
 
 def read_status(run_dir: Path) -> Status:

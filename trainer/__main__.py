@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer import config as run_file
 from trainer.checkpointing.checkpoint_names import newest_checkpoint
 from trainer.config import RunConfig
+from trainer.runtime import stop_signals
 from trainer.runtime.console import Console
 from trainer.runtime.process import fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_rank
@@ -29,8 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         train_run(config, console, fresh=args.fresh, command=shown_command(args))
 
+    def resumes_from(output: Path) -> str | None:
+        from trainer.checkpointing.output_folder import was_archived
+
+        if args.fresh and not stop_signals.deferred() and not was_archived(output):
+            return None  # the checkpoints are of the earlier run, which is archived after loading
+        return newest_checkpoint(output)
+
     return run_rank(
-        lambda: run_file.load(args.run, args.overrides), train, resumes_from=newest_checkpoint
+        lambda: run_file.load(args.run, args.overrides), train, resumes_from=resumes_from
     )
 
 

@@ -330,6 +330,12 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued, 
     assert ending in text
 
 
+def test_a_job_that_started_over_is_submitted_again_without_the_option(tmp_path):
+    ended, text = Batch(tmp_path, fresh=True, max_requeues=0).run("75")
+    assert ended == 75
+    assert "submit it again without --fresh to resume" in text
+
+
 def test_every_session_of_a_job_receives_the_flags_fresh_and_verbose(tmp_path):
     """It may be requeued before it has put the earlier run aside; it knows whether it has."""
     batch = Batch(tmp_path, fresh=True, verbose=True)

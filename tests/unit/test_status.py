@@ -348,6 +348,13 @@ def test_a_stopped_run_names_the_command_that_resumes_it(out):
     assert "start over: promptshard train my.yaml" in text
 
 
+def test_a_run_is_resumed_without_the_option_that_would_start_it_over(out, run_file):  # noqa: F811
+    folder = submitted(run_file, out) / "logs" / "submitted" / "20260101-000000"
+    record = {"job": "", "tasks": [str(out)], "command": "promptshard submit my.yaml --fresh"}
+    (folder / "job.json").write_text(json.dumps(record))
+    assert status.read_status(out).resume == "promptshard submit my.yaml"
+
+
 def test_a_run_whose_process_is_gone_is_dead(out):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()

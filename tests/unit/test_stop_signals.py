@@ -21,6 +21,10 @@ def blocked():
     library.pthread_mutex_lock(mutex)
     library.pthread_mutex_lock(mutex)  # waits in C code, as torch for other ranks
 def stop(*args, **kwargs):
+    if "training" in sys.argv[4:]:
+        from trainer.runtime import stop_signals
+        stop_signals.defer()
+        raise stop_signals.Stopped
     if sys.argv[4:] == ["blocked"]:
         threading.Timer(0.5, os.kill, (os.getpid(), getattr(signal, sys.argv[3]))).start()
         blocked()
@@ -36,7 +40,7 @@ def stop(*args, **kwargs):
 if sys.argv[1] == "train":
     sys.modules["trainer.run"] = types.SimpleNamespace(train=stop)
     from trainer.__main__ import main
-    sys.exit(main([sys.argv[2] + "/run.yaml"]))
+    sys.exit(main([sys.argv[2] + "/run.yaml", *(a for a in sys.argv[4:] if a == "--fresh")]))
 from trainer.commands import generate
 generate._generate = stop
 sys.exit(generate.main([sys.argv[2] + "/out", "--prompt=triage", "--input=words"]))
@@ -66,6 +70,15 @@ def test_only_training_reports_that_it_can_be_resumed(
     done = stopped_rank(tmp_path, command, signal_name)
     assert done.returncode == code, done.stderr
     assert done.stderr == f"{words}\n"
+
+
+def test_a_command_that_started_over_is_resumed_without_the_option(tmp_path: Path) -> None:
+    """Rerun as it was, it would archive the run that it has just stopped."""
+    (tmp_path / "out" / "checkpoints" / "step-00000007").mkdir(parents=True)
+    done = stopped_rank(tmp_path, "train", "SIGTERM", "--fresh", "training")
+    assert done.stderr == f"{RESUMED.replace('command', 'command without --fresh')}\n"
+    done = stopped_rank(tmp_path, "train", "SIGTERM", "--fresh")
+    assert done.stderr == f"{RESTARTED}\n", "the checkpoint is of the earlier run"
 
 
 def test_a_library_may_turn_the_signal_into_another_error(tmp_path: Path) -> None:

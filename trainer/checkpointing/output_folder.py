@@ -14,6 +14,7 @@ from trainer.checkpointing.run_lock import LOCK, Lock
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.process import rerun
 from trainer.tracking import MetricsLog
 from trainer.tracking.metrics_log import SYSTEM_FILE
 
@@ -140,8 +141,8 @@ class OutputFolder:
         newest = newest_checkpoint(self._path)
         what = f"checkpoint {newest} and all metrics" if newest else "all metrics"
         raise OutputLost(
-            f"{problem}; {what} were written to a new {self._path}. Rerun the command to resume "
-            "from there, or first move the old folder back if it has more"
+            f"{problem}; {what} were written to a new {self._path}. {rerun()} to resume from "
+            "there, or first move the old folder back if it has more"
         )
 
 
@@ -155,6 +156,6 @@ def results_can_be_written_later(output: Path) -> Iterator[None]:
         saved = f", and the newest checkpoint is {newest}" if newest else ""
         raise ResultsNotWritten(
             f"{error.filename or output}: cannot be written ({error.strerror or error}). Training "
-            f"is complete{saved}: free space or make the file writable, then rerun the command "
-            "to write the results"
+            f"is complete{saved}: free space or make the file writable. {rerun()} to write the "
+            "results"
         ) from error

@@ -82,6 +82,11 @@ def mark_finished() -> None:
         Path(path).unlink(missing_ok=True)
 
 
+def rerun() -> str:
+    """Return ``Rerun the command``, without the option that would start over."""
+    return "Rerun the command" + (" without --fresh" if "--fresh" in sys.argv[1:] else "")
+
+
 def flush_and_exit(code: int) -> NoReturn:
     """Flush the standard streams and exit without waiting for library threads."""
     sys.stdout.flush()

@@ -24,7 +24,7 @@ from trainer.runtime.errors import (
     BadInput,
     PortTaken,
 )
-from trainer.runtime.process import die_with_parent, flush_and_exit, mark_finished
+from trainer.runtime.process import die_with_parent, flush_and_exit, mark_finished, rerun
 from trainer.runtime.redact import printable, redact
 from trainer.runtime.stdio import claim
 
@@ -136,7 +136,7 @@ def _interrupted(logs: Path, resumes_from: FindCheckpoint | None, console: Conso
 
 def _stopped(checkpoint: str | None, console: Console) -> int:
     if checkpoint is not None:
-        console.note(f"Stopped. Rerun the command to resume from {checkpoint}.")
+        console.note(f"Stopped. {rerun()} to resume from {checkpoint}.")
     else:
         console.note("Stopped before the first checkpoint. Rerun the command to start over.")
     return EXIT_RESUMABLE

@@ -69,6 +69,11 @@ def defer() -> None:
     _deferred = True
 
 
+def deferred() -> bool:
+    """Whether ``defer`` was called: the rank has loaded everything and trains."""
+    return _deferred
+
+
 def ending() -> None:
     """State that the main thread is ending the process because of a signal."""
     _ending.set()
