@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.checkpointing.state_tensors import join_tensors, split_tensors
 from trainer.config import RunConfig
+from trainer.config.encoders import PromptWidths
 from trainer.config.prompt_defaults import DEFAULT_BETAS
 from trainer.prompts.bank import Bank
 from trainer.prompts.init_search import SearchResult, Words, search_starts
@@ -124,6 +125,20 @@ def make_bank(prompts: list[dict[str, Any]] = PROMPTS, **changes: Any) -> Bank:
         make_optimizer=make_optimizer,
         **({"past": lambda ids: PAST_VX[torch.tensor(ids)]} | changes),
     )
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARES])
+def test_parameters_are_counted_without_building_encoders(prompts: list[dict[str, Any]]) -> None:
+    """As ``promptshard plan`` counts them; of a share, those of its first prompt."""
+    layers, _, heads, head_size = PAST_SHAPE
+    widths = PromptWidths(H, heads * head_size, layers)
+    by_name = {prompt.name: prompt for prompt in make_config(prompts).prompts}
+    bank = make_bank(prompts)
+    for group in bank._groups:
+        prompt = by_name[bank.names[group.members[0]]]
+        own = [tensor for name, tensor in group.parameters.items() if "/" not in name]
+        counted = prompt.entry.num_parameters(prompt, widths)
+        assert counted == sum(tensor.numel() for tensor in own), prompt.name
 
 
 def values_of(prompts: Sequence[SoftPrompt]) -> list[Tensor]:

@@ -259,6 +259,21 @@ def test_a_bank_shares_the_gathers(run_file: Path) -> None:
     assert per_prompt[1] < per_prompt[0]
 
 
+def test_encoders_take_memory_with_their_default_width(run_file: Path) -> None:
+    """Values, gradients, two states of the optimizer and the best values, in fp32."""
+
+    def prompt_bytes(*settings: str) -> int:
+        return plan_of(run_file, "h100-80gb", [8], *settings).options[0].bytes.prompts
+
+    assert prompt_bytes() == 20 * 20 * 4096
+    mlp = prompt_bytes("prompts.p.method=p_tuning")
+    assert mlp == pytest.approx(20 * (3 * 4096**2 + 20 * 4096), rel=1e-3)
+    assert mlp == prompt_bytes("prompts.p.method=p_tuning", "prompts.p.encoder_hidden_size=4096")
+    reader = ("prompts.p.method=p_tuning", "prompts.p.encoder=text", "prompts.p.share=reader")
+    one = prompt_bytes(*reader, "prompts.p.init={text: One}")
+    assert one == prompt_bytes(*reader, "prompts.p.sweep.init=[{text: One}, {text: Two}]")
+
+
 def test_json_has_the_keys_of_the_design(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,31 @@ def _no_problems(prompt: Any) -> Iterator[str]:
     yield from ()
 
 
+@dataclass(frozen=True)
+class PromptWidths:
+    """Sizes of a base that determine the number of parameters of an encoder.
+
+    Attributes:
+        hidden: of a virtual token.
+        keys: of the keys of a layer for one token.
+        layers: number of layers.
+    """
+
+    hidden: int
+    keys: int
+    layers: int
+
+    @property
+    def keys_and_values(self) -> int:
+        """Of all layers, for one token."""
+        return 2 * self.layers * self.keys
+
+
+def _count_values(prompt: Any, widths: PromptWidths) -> int:
+    width = widths.keys_and_values if prompt.entry.trains_prefix else widths.hidden
+    return int(prompt.num_virtual_tokens) * width
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderEntry:
     """One encoder of one method. The first entry of a method is its default encoder.
@@ -31,6 +56,8 @@ class EncoderEntry:
         searches_init: ``init: auto`` and ``search`` choose initial tokens by their loss; otherwise
             they draw tokens.
         problems: yields the problems of a prompt with this encoder: ``SETTING: problem; remedy``.
+        num_parameters: counts the parameters of a prompt's encoder; by default, those of its values
+            alone. Of prompts with one ``share``, those of the first.
     """
 
     method: str
@@ -42,6 +69,7 @@ class EncoderEntry:
     trains_prefix: bool = False
     searches_init: bool = True
     problems: Callable[[Any], Iterator[str]] = _no_problems
+    num_parameters: Callable[[Any, PromptWidths], int] = _count_values
 
     def load_builder(self) -> Callable[[Any], Any]:
         if callable(self.build):
@@ -97,6 +125,48 @@ def _low_rank_problems(prompt: Any) -> Iterator[str]:
         )
 
 
+def _linear(inputs: int, outputs: int) -> int:
+    return (inputs + 1) * outputs
+
+
+def _count_low_rank(prompt: Any, widths: PromptWidths) -> int:
+    of_task = prompt.rank * (prompt.num_virtual_tokens + widths.hidden)
+    return _count_values(prompt, widths) + int(of_task)
+
+
+def _count_mlp(prompt: Any, widths: PromptWidths) -> int:
+    hidden, inner = widths.hidden, prompt.encoder_hidden_size or widths.hidden
+    layers = _linear(hidden, inner) + _linear(inner, inner) + _linear(inner, hidden)
+    return _count_values(prompt, widths) + layers
+
+
+def _count_lstm(prompt: Any, widths: PromptWidths) -> int:
+    hidden, inner = widths.hidden, prompt.encoder_hidden_size or widths.hidden
+    # Two layers of two directions; each has four gates with two biases.
+    gates = 2 * 4 * inner * sum(n + inner + 2 for n in (hidden, 2 * inner))
+    head = _linear(2 * inner, 2 * inner) + _linear(2 * inner, hidden)
+    return int(_count_values(prompt, widths) + gates + head)
+
+
+def _count_residual(prompt: Any, widths: PromptWidths) -> int:
+    hidden, inner = widths.hidden, prompt.encoder_hidden_size or max(1, widths.hidden // 4)
+    mlps = prompt.num_virtual_tokens if prompt.residual_mlp == "separate" else 1
+    mlp = _linear(hidden, inner) + _linear(inner, hidden) + 2 * hidden
+    return int(_count_values(prompt, widths) + mlps * mlp)
+
+
+def _count_text(prompt: Any, widths: PromptWidths) -> int:
+    hidden, inner = widths.hidden, prompt.encoder_hidden_size or widths.hidden
+    layers = 2 * _linear(hidden, inner) + _linear(inner, hidden)
+    return int(prompt.num_virtual_tokens * inner + layers)
+
+
+def _count_prefix_mlp(prompt: Any, widths: PromptWidths) -> int:
+    inner = prompt.encoder_hidden_size or widths.hidden
+    layers = _linear(widths.keys, inner) + _linear(inner, widths.keys_and_values)
+    return int(prompt.num_virtual_tokens * widths.keys + layers)
+
+
 _ENCODERS = "trainer.prompts.encoders"
 _EXTENDED = "trainer.prompts.extended"
 _SIZE = frozenset({"encoder_hidden_size"})
@@ -115,6 +185,7 @@ for _entry in (
         build=f"{_EXTENDED}.low_rank:build",
         settings=frozenset({"share", "rank"}),
         problems=_low_rank_problems,
+        num_parameters=_count_low_rank,
     ),
     EncoderEntry(
         method="p_tuning",
@@ -122,6 +193,7 @@ for _entry in (
         build=f"{_ENCODERS}:build_mlp",
         settings=_SIZE,
         relative_learning_rate=0.2,
+        num_parameters=_count_mlp,
     ),
     EncoderEntry(
         method="p_tuning",
@@ -129,6 +201,7 @@ for _entry in (
         build=f"{_EXTENDED}.lstm:build",
         settings=_SIZE,
         searches_init=False,
+        num_parameters=_count_lstm,
     ),
     EncoderEntry(
         method="p_tuning",
@@ -136,6 +209,7 @@ for _entry in (
         build=f"{_EXTENDED}.residual:build",
         settings=_SIZE | {"residual_mlp"},
         relative_learning_rate=0.1,
+        num_parameters=_count_residual,
     ),
     EncoderEntry(
         method="p_tuning",
@@ -143,6 +217,7 @@ for _entry in (
         build="trainer.prompts.text_encoder:build",
         settings=_SIZE | {"share"},
         problems=_text_problems,
+        num_parameters=_count_text,
     ),
     EncoderEntry(
         method="prefix_tuning",
@@ -159,6 +234,7 @@ for _entry in (
         trains_prefix=True,
         settings=_SIZE,
         relative_learning_rate=0.1,
+        num_parameters=_count_prefix_mlp,
     ),
 ):
     register_encoder(_entry)

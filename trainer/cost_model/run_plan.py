@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainer.config import Prompt, RunConfig, parse_bytes
+from trainer.config import RunConfig, parse_bytes
+from trainer.config.encoders import PromptWidths
 from trainer.cost_model.hardware import STORAGE_RATE, Device
 from trainer.cost_model.run_needs import RunNeeds
 from trainer.cost_model.run_time import BATCH_SECONDS, phase_seconds
@@ -407,17 +408,16 @@ def option_bytes(
         gathered=gathered,
         activations=activations + copies,
         head=max(0, LOGITS_COPIES * cost.logits_bytes - temporary),
-        prompts=sum(_prompt_bytes(prompt, needs) for prompt in needs.config.prompts),
+        prompts=_prompt_bytes(needs),
         other=device.context_bytes + other,
     )
 
 
-def _prompt_bytes(prompt: Prompt, needs: RunNeeds) -> int:
-    """fp32 bytes of a prompt, its encoder, and what training keeps beside them."""
-    hidden, sizes = needs.base.embedding.unit, needs.sizes
-    width = 2 * sizes.layers * sizes.key_width if prompt.entry.trains_prefix else hidden
-    values = prompt.num_virtual_tokens * width
-    encoder = 0
-    if prompt.encoder_hidden_size:
-        encoder = prompt.encoder_hidden_size * (hidden + width)
-    return 4 * PROMPT_COPIES * (values + encoder)
+def _prompt_bytes(needs: RunNeeds) -> int:
+    """fp32 bytes of the prompts and their encoders, and of what training keeps beside them."""
+    sizes = needs.sizes
+    widths = PromptWidths(needs.base.embedding.unit, sizes.key_width, sizes.layers)
+    # Prompts of a share train one module.
+    trained = {(p.share is None, p.share or p.name): p for p in needs.config.prompts}
+    parameters = sum(p.entry.num_parameters(p, widths) for p in trained.values())
+    return 4 * PROMPT_COPIES * parameters
