@@ -266,13 +266,22 @@ def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) 
         base.score([{"note": "x"}], "short")
 
 
-@pytest.mark.parametrize("num_layers", [3, 5])
-def test_keys_and_values_of_another_number_of_layers_are_refused(
-    tmp_path: Path, base: InferenceBase, num_layers: int
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        ((3, 4, 32), "of 3 layers, 4 heads of size 32, and the base has 4 layers"),
+        ((5, 4, 32), "of 5 layers"),
+        ((4, 2, 32), "of 4 layers, 2 heads of size 32, and the base has 4 layers, 4 heads"),
+        ((4, 8, 16), "8 heads of size 16"),
+    ],
+)
+def test_keys_and_values_of_another_base_are_refused(
+    tmp_path: Path, base: InferenceBase, shape: tuple[int, int, int], problem: str
 ) -> None:
-    prompt = PrefixKeyValues(torch.ones(2, num_layers, 2, 4, 32))
+    num_layers, heads, head_size = shape
+    prompt = PrefixKeyValues(torch.ones(2, num_layers, 2, heads, head_size))
     save_peft(tmp_path, prompt, str(TINY), num_layers=num_layers, num_attention_heads=4)
-    with pytest.raises(BadInput, match=f"of {num_layers} layers, and the base has 4"):
+    with pytest.raises(BadInput, match=problem):
         load_prompts([tmp_path], base.files, torch.device("cpu"))
 
 

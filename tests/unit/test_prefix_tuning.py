@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,13 +24,14 @@ from tests.family_bases import (
     problem,
 )
 from tests.soft_prompts import soft_prompts
+from trainer.inference.trained_prompts import load_prompts
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.decode_step import DecodeStep
 from trainer.model.families import FAMILIES, check_prefix_tuning
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.packed_batch import build_packed_batch
 from trainer.packing.packed_row import PackedRow
-from trainer.prompts.peft_adapter import load_peft, save_peft
+from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import PrefixKeyValues, prompt_lengths
 from trainer.runtime.errors import BadInput
 
@@ -94,12 +96,14 @@ def test_packed_equals_peft(family: Any, tmp_path: Path, case: str) -> None:
     prompts = pasts(base)
     losses, gradients = packed(base, packed_rows, prompts)
     model = plain_model(family(case), "int8")
+    files: Any = SimpleNamespace(config=model.config.get_text_config(), name=case)
     for k, past in enumerate(prompts):
         own = [packed_row for packed_row in packed_rows if packed_row.prompt == k]
         loss, gradient = padded_peft(model, tmp_path / str(k), own, past)
         assert losses[k] == pytest.approx(loss, rel=1e-5)
         assert errors([gradients[k]], [gradient])[0] < 1e-5
-        assert torch.equal(load_peft(tmp_path / str(k)).tensor, past)
+        (loaded,) = load_prompts([tmp_path / str(k)], files, torch.device("cpu"))
+        assert torch.equal(loaded.tensor, past)
 
 
 @pytest.mark.parametrize("case", WITHOUT)

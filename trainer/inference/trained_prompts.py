@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trainer.model.checkpoint_files import BaseFiles
-from trainer.model.families import check_prefix_tuning, embedding_size
+from trainer.model.families import check_prefix_tuning, embedding_size, layer_sizes
 from trainer.prompts.peft_adapter import load_peft
 from trainer.prompts.soft_prompt import PrefixKeyValues, SoftPrompt, VirtualTokens
 from trainer.runtime.errors import BadInput
@@ -23,15 +23,20 @@ def load_prompts(
         BadInput: one is damaged, or was trained for another base.
     """
     prompts = [load_peft(folder).to(device, torch.float32) for folder in folders]
-    width, num_layers = embedding_size(files.config), int(files.config.num_hidden_layers)
+    width, sizes = embedding_size(files.config), layer_sizes(files.config)
+    head_size = sizes.query_width // sizes.heads
+    of_base = (sizes.layers, sizes.key_width // head_size, head_size)
     problems = []
     for folder, prompt in zip(folders, prompts, strict=True):
         if isinstance(prompt, PrefixKeyValues):
             check_prefix_tuning(files.config, files.name)
-            if (of_prompt := prompt.tensor.shape[1]) != num_layers:
+            of_prompt = (prompt.tensor.shape[1], *prompt.tensor.shape[3:])
+            if of_prompt != of_base:
+                layers, heads, size = of_prompt
                 problems.append(
-                    f"{folder}: its keys and values are of {of_prompt} layers, and the base has "
-                    f"{num_layers}; use the base that they were trained for"
+                    f"{folder}: its keys and values are of {layers} layers, {heads} heads of size "
+                    f"{size}, and the base has {of_base[0]} layers, {of_base[1]} heads of size "
+                    f"{of_base[2]}; use the base that they were trained for"
                 )
         elif isinstance(prompt, VirtualTokens) and prompt.tensor.shape[1] != width:
             problems.append(

@@ -9,7 +9,7 @@ ranks to it fail. They read the reason from a file in ``logs``.
 
 Python calls signal handlers between two instructions of the main thread, so never while C++ code
 waits for ranks that do not connect. A ``KeyboardInterrupt`` can also be lost: Python ignores it in
-``__del__`` and in callbacks of weak references, and libraries may catch it. A thread ends the
+``__del__`` and while it loads a compiled module, and libraries may catch it. A thread ends the
 process in both cases.
 """
 
@@ -27,9 +27,9 @@ FILE = "stopped.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 #: Seconds after a signal until the main thread is considered blocked.
 BLOCKED_SECONDS = 3.0
-#: Seconds after a signal until its ``KeyboardInterrupt`` is considered lost. Less than the time
-#: after which the launcher kills the ranks that remain (``LOSS_SECONDS``).
-LOST_SECONDS = 10.0
+#: Seconds after a signal until its ``KeyboardInterrupt`` is considered lost. Must be less than
+#: ``LOSS_SECONDS``, after which the launcher kills ranks.
+LOST_SECONDS = 5.0
 
 
 class Stopped(KeyboardInterrupt):
