@@ -157,11 +157,8 @@ def test_merged_turns_keep_their_own_tokens(tmp_path):
     ((start, stop),) = example.label_spans
     assert list(example.input_ids[:start]) == DialogueEncoder(tokenizer).opening(TURNS[1:2])
     assert words(tokenizer, example.input_ids[start:stop]) == "<unk> <end>"
-    assert tokenized.warning is not None
-    assert (
-        "d.jsonl:1: the tokenizer merges the end of a turn with the beginning of"
-        in tokenized.warning
-    )
+    (warning,) = tokenized.warnings
+    assert "d.jsonl:1: the tokenizer merges the end of a turn with the beginning of" in warning
 
 
 def test_rows_of_a_file(tmp_path):

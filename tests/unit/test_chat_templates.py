@@ -270,8 +270,8 @@ def test_a_generation_prompt_whose_end_merges_with_the_answer_keeps_its_tokens(
         assert learned(tokenizer, example) == [
             f"\n</think>\n\n{messages[-1]['content']}<|im_end|>\n"
         ]
-    assert tokens.warning is not None
-    assert "(in 2 of 2 rows)" in tokens.warning
+    (warning,) = tokens.warnings
+    assert "(in 2 of 2 rows)" in warning
 
 
 def test_turns_of_weight_0_are_read_and_not_learned(tmp_path, tokenizer):
@@ -308,6 +308,38 @@ def test_content_may_be_null_beside_tool_calls(tmp_path, tokenizer, content):
     (example,) = tokenized(tmp_path, tokenizer, [{"messages": messages}]).examples
     assert list(example.input_ids) == of_transformers(tokenizer, messages)
     assert learned(tokenizer, example)[0] == '<tool_call>add{"a": 1}<|im_end|>\n'
+
+
+WITHOUT_TEXT = CHATML.replace(
+    "if message.content %}", "if message.content and not message.tool_calls %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "turn", "omits"),
+    [
+        (CHATML, CALL | {"content": "I add them."}, False),
+        (WITHOUT_TEXT, CALL | {"content": "I add them."}, True),
+        (WITHOUT_TEXT, CALL | {"content": None}, False),
+        (CHATML, ANSWER | {"reasoning_content": "They greet me."}, True),
+        (CHATML, ANSWER | {"reasoning_content": " "}, False),
+        (
+            CHATML.replace("+ message.content", "+ (message.thinking or '') + message.content"),
+            ANSWER | {"thinking": "They greet me.\n"},
+            False,
+        ),
+    ],
+)
+def test_parts_of_an_answer_that_a_template_omits_give_a_warning(
+    tmp_path, tokenizer, source, turn, omits
+):
+    with_template(tokenizer, source)
+    rows = [{"messages": TWO}, {"messages": [USER, turn]}, {"messages": [USER, turn]}]
+    (warning, *_) = tokenized(tmp_path, tokenizer, rows).warnings or ("",)
+    assert ("the chat template does not write the reasoning of an answer" in warning) == omits
+    if omits:
+        assert ".jsonl:2: " in warning
+        assert "(in 2 of 3 rows)" in warning
 
 
 @pytest.mark.parametrize("written", [TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])]])

@@ -95,7 +95,7 @@ def test_a_row_has_the_tokens_of_its_text(tmp_path, tokenizers, kind, source, ta
     tokenizer, task = tokenizers[kind], task_of(source, target, choices=list(ANSWERS))
     scores = tokenize(rows_of(tmp_path, task), task, tokenizer, 100)
     scored = tokenize(rows_of(tmp_path, task), task, tokenizer, 100, per_choice=True).examples
-    assert scores.warning is None
+    assert not scores.warnings
     for i, (row, example) in enumerate(zip(ROWS, scores.examples, strict=True)):
         text = source.format(**row)
         assert list(example.input_ids) == [*encoded(tokenizer, text + target.format(**row)), 2]
@@ -131,10 +131,10 @@ def test_what_merges_keeps_the_tokens_of_the_input(
         assert tokenizer.decode(example.input_ids, skip_special_tokens=True) == (
             text + target.format(**row)
         )
-    assert scores.warning is not None
-    assert scores.warning.startswith(f"{tmp_path}/rows.jsonl:1: the tokenizer merges the end of")
-    assert "(in 12 of 12 rows)" in scores.warning
-    assert remedy in scores.warning
+    (warning,) = scores.warnings
+    assert warning.startswith(f"{tmp_path}/rows.jsonl:1: the tokenizer merges the end of")
+    assert "(in 12 of 12 rows)" in warning
+    assert remedy in warning
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -167,9 +167,9 @@ def test_rows_that_merge_are_counted_in_workers_and_in_the_cache(tmp_path, token
     rows[4321] = {"q": "Question: ", "a": "yes"}
     for _ in range(2):
         scores = tokenize(rows_of(tmp_path, task, rows), task, tokenizers["gpt2"], 100)
-        assert scores.warning is not None
-        assert "rows.jsonl:4322: " in scores.warning
-        assert "(in 1 of 5,000 rows)" in scores.warning
+        (warning,) = scores.warnings
+        assert "rows.jsonl:4322: " in warning
+        assert "(in 1 of 5,000 rows)" in warning
 
 
 def test_token_tables_of_older_rules_are_not_read(tmp_path, monkeypatch):
@@ -259,8 +259,8 @@ def test_an_unknown_word_does_not_swallow_the_target(tmp_path):
         [IDS["yes"], EOS],
         [tokenizer.unk_token_id, EOS],
     ]
-    assert scores.warning is not None
-    assert "(in 1 of 3 rows)" in scores.warning
+    (warning,) = scores.warnings
+    assert "(in 1 of 3 rows)" in warning
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def preview(
                 for number, what in ((tokenized.skipped, "skipped"), (tokenized.truncated, "cut")):
                     if number:
                         notes.append(f"task {task.name}: {number} of these rows: {what}: too long")
-                notes += [tokenized.warning] if tokenized.warning else []
+                notes += tokenized.warnings
         except BadInput as error:
             problems += error.problems
     if problems:

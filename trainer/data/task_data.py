@@ -350,8 +350,7 @@ class _TaskLoader:
                 f"{tokenized.rewritten:,} of {num_rows:,} rows; each learned turn there is read "
                 "after the text that generation reads before it"
             )
-        if tokenized.warning is not None:
-            data.warnings.append(f"task {name}: {split}: {tokenized.warning}")
+        data.warnings += [f"task {name}: {split}: {text}" for text in tokenized.warnings]
 
     def _load_evaluation(self, data: TaskData, split: str, rows: RowDataset) -> None:
         """Tokenize a split without a prompt and with every hard prompt; keep common rows."""

@@ -26,7 +26,7 @@ from trainer.runtime.cache_dir import cache_dir
 from trainer.runtime.json_file import read_json_object
 
 #: Version of the tokenization rules. Increment it when the same settings give other tokens.
-RULES = 7
+RULES = 8
 KEPT_SECONDS = 30 * 24 * 3600
 _RECORD = "table.json"
 _BLOCK_BYTES = 1 << 20

@@ -21,10 +21,12 @@ from trainer.data.tokenization.chat_template import (
 )
 from trainer.data.tokenization.dialogue_tree import Dialogue, LearnedTurn, divide, join_turns
 from trainer.data.tokenization.message_edits import MARK, count_marks
-from trainer.data.tokenization.reasoning import ReasoningFormat
+from trainer.data.tokenization.reasoning import REASONING_KEYS, ReasoningFormat
 from trainer.data.tokenization.row_tokenizer import common_length
 from trainer.data.tokenization.tokenizer import TextTokenizer
 
+#: Characters at the end of a text by which it is found in what a chat template writes.
+_COMPARED = 20
 #: Dialogues that show which token follows a turn of the assistant: without and with a tool call.
 _CALL = {"name": "f", "arguments": {}}
 _FOLLOWED: tuple[list[dict[str, Any]], ...] = (
@@ -206,7 +208,8 @@ class DialogueEncoder:
         (asked, before, labels, rest), merged, place = self._pieces(texts)
         first = len(asked) + len(before)
         ids = asked + before + labels + rest
-        return LearnedTurn(ids, first, first + len(labels), merged, place)
+        omits = any(text not in written for text in _optional_texts(messages[-1]))
+        return LearnedTurn(ids, first, first + len(labels), merged, omits, place)
 
     def _with_earlier(self, messages: Messages, tools: Tools, opening: str, until: str) -> str:
         """Replace the text before an answer by that before its generation prompt, if they differ.
@@ -285,6 +288,18 @@ class DialogueEncoder:
         # transformers omits turns whose mark begins on a character without a token.
         turns = sum(turn["role"] == "assistant" for turn in messages)
         return marks if len(marks) == turns else None
+
+
+def _optional_texts(turn: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a turn that some chat templates do not write, without their beginnings.
+
+    They are its reasoning, and text beside tool calls. Templates may change their beginnings: they
+    remove white space or reasoning.
+    """
+    texts = [turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str)]
+    if turn.get("tool_calls"):
+        texts.append(content_of(turn))
+    return [text.strip()[-_COMPARED:] for text in texts]
 
 
 def _called(turn: Mapping[str, Any]) -> list[str]:

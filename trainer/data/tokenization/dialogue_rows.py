@@ -188,6 +188,8 @@ class DialogueRowTokenizer(RowTokenizer):
             ) from None
         if any(dialogue.merged for dialogue in dialogues):
             report.add_merged(row)
+        if any(dialogue.omits for dialogue in dialogues):
+            report.add_omitting(row)
         report.branched += any(dialogue.branches for dialogue in dialogues)
         return [self._example(dialogue, row) for dialogue in dialogues]
 

@@ -18,6 +18,7 @@ class Dialogue:
             disjoint.
         merged: the tokenizer would merge the end of a turn with the beginning of the next one; they
             are tokenized separately, as in generation.
+        omits: the chat template does not write a part of a learned turn.
         longest: number of tokens of the longest text.
         prompt_at: number of tokens before the virtual tokens.
     """
@@ -25,6 +26,7 @@ class Dialogue:
     ids: list[int]
     spans: Spans
     merged: bool = False
+    omits: bool = False
     branches: Spans = field(default_factory=list)
     longest: int = 0
     prompt_at: int = 0
@@ -38,6 +40,7 @@ class LearnedTurn:
     start: int
     stop: int
     merged: bool = False
+    omits: bool = False
     prompt_at: int = 0
 
 
@@ -48,7 +51,8 @@ def join_turns(trunk: list[int], turns: Turns) -> Dialogue:
     """Join the dialogues up to each turn, so that their common tokens occur once."""
     turns = [turn for turn in turns if turn.start < turn.stop]
     place = turns[-1].prompt_at if turns else 0
-    merged, longest = any(turn.merged for turn in turns), len(trunk)
+    merged, omits = (any(flags) for flags in ([t.merged for t in turns], [t.omits for t in turns]))
+    longest = len(trunk)
     ids, spans, branches, branch_ids = list(trunk), Spans(), Spans(), trunk
     texts = [(trunk, *divide(trunk, turns))]
     while texts[-1][2]:
@@ -69,7 +73,7 @@ def join_turns(trunk: list[int], turns: Turns) -> Dialogue:
             start, stop = turn.start, turn.stop
             spans += [(start, min(stop, shared))] if start < shared else []
             spans += [(max(start, shared) + shift, stop + shift)] if stop > shared else []
-    return Dialogue(ids, sorted(spans), merged, branches, longest, place)
+    return Dialogue(ids, sorted(spans), merged, omits, branches, longest, place)
 
 
 def divide(text: list[int], turns: Turns) -> tuple[Turns, Turns]:

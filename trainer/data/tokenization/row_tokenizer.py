@@ -12,7 +12,15 @@ from trainer.data.row_validation import MAX_PROBLEMS
 from trainer.data.token_table import Example, TokenBlock
 
 #: Fields of a ``TokenizationReport`` that are stored with a cached table.
-COUNTS = ("skipped", "truncated", "merged", "first_merged", "branched")
+COUNTS = (
+    "skipped",
+    "truncated",
+    "merged",
+    "first_merged",
+    "omitting",
+    "first_omitting",
+    "branched",
+)
 
 
 @dataclass
@@ -22,7 +30,8 @@ class TokenizationReport:
     Attributes:
         skipped, truncated: number of rows that are too long, by ``task.too_long``.
         merged: number of rows whose input and target the tokenizer merges.
-        first_merged: the first of them; -1 if there is none.
+        omitting: number of dialogues in which the chat template omits a part of an answer.
+        first_merged, first_omitting: the first of these rows; -1 if there is none.
         branched: number of dialogues whose earlier turns the chat template rewrites.
         invalid: number of rows with a problem.
         problems: problem -> (first row, number of rows), for the first few problems.
@@ -33,6 +42,8 @@ class TokenizationReport:
     truncated: int = 0
     merged: int = 0
     first_merged: int = -1
+    omitting: int = 0
+    first_omitting: int = -1
     branched: int = 0
     invalid: int = 0
     problems: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -40,6 +51,10 @@ class TokenizationReport:
     def add_merged(self, row: int) -> None:
         self.merged += 1
         self.first_merged = row if self.first_merged < 0 else self.first_merged
+
+    def add_omitting(self, row: int) -> None:
+        self.omitting += 1
+        self.first_omitting = row if self.first_omitting < 0 else self.first_omitting
 
     def add_problem(self, row: int, text: str, rows: int = 1) -> None:
         """Count a problem of ``rows`` rows, the first of which is number ``row``."""
@@ -54,8 +69,11 @@ class TokenizationReport:
         self.skipped += other.skipped
         self.truncated += other.truncated
         self.merged += other.merged
+        self.omitting += other.omitting
         self.branched += other.branched
         self.first_merged = other.first_merged if self.first_merged < 0 else self.first_merged
+        if self.first_omitting < 0:
+            self.first_omitting = other.first_omitting
         invalid = self.invalid + other.invalid
         for text, (row, rows) in other.problems.items():
             self.add_problem(row, text, rows)

@@ -11,7 +11,7 @@ Large splits are tokenized by worker processes, and the table is cached.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,14 +57,15 @@ class Tokenized:
 
     Attributes:
         skipped, truncated: number of rows, by ``task.too_long``.
-        warning: about rows whose input and target the tokenizer merges; None without such rows.
+        warnings: about rows whose input and target the tokenizer merges, and answers of which the
+            chat template omits a part.
         rewritten: number of dialogues in which the chat template rewrites earlier turns.
     """
 
     examples: TokenTable
     skipped: int
     truncated: int
-    warning: str | None = None
+    warnings: tuple[str, ...] = ()
     rewritten: int = 0
 
 
@@ -231,14 +232,27 @@ def _tokenize_all(
         table, count = cached(identity, make, counts)
     else:
         table, count = in_memory(make()), counts()
-    warning = _merge_warning(rows, row_tokenizer.task, count["merged"], count["first_merged"])
-    return Tokenized(table, count["skipped"], count["truncated"], warning, count["branched"])
+    warnings = tuple(_warnings(rows, row_tokenizer.task, count))
+    return Tokenized(table, count["skipped"], count["truncated"], warnings, count["branched"])
 
 
-def _merge_warning(rows: RowDataset, task: Task, merged: int, first: int) -> str | None:
-    if not merged:
-        return None
-    where, share = rows.where(first), f"(in {merged:,} of {len(rows):,} rows)"
+def _warnings(rows: RowDataset, task: Task, count: Mapping[str, int]) -> Iterator[str]:
+    def share(name: str) -> str:
+        return f"(in {count[name]:,} of {len(rows):,} rows)"
+
+    if count["merged"]:
+        yield _merge_warning(rows, task, count["first_merged"], share("merged"))
+    if count["omitting"]:
+        yield (
+            f"{rows.where(count['first_omitting'])}: the chat template does not write the "
+            f"reasoning of an answer, or its text beside tool calls {share('omitting')}; the "
+            "answer is learned without it; use base.chat_template with a template that writes it, "
+            "or remove it from the rows"
+        )
+
+
+def _merge_warning(rows: RowDataset, task: Task, first: int, share: str) -> str:
+    where = rows.where(first)
     if task.is_chat:
         return (
             f"{where}: the tokenizer merges the end of a turn with the beginning of the next "
