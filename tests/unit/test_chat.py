@@ -247,6 +247,41 @@ def test_token_id_rows_are_used_unchanged(tmp_path):
     assert (second.input_ids, second.label_spans) == ((1, 2), ((1, 2),))
 
 
+def test_padding_of_token_ids_is_removed(tmp_path):
+    path, label = tmp_path / "d.jsonl", [-100, 6]
+    padded = [
+        {"input_ids": [0, 0, 5, 6], "labels": [-100, -100, *label], "attention_mask": [0, 0, 1, 1]},
+        {"input_ids": [5, 6, 0], "labels": [*label, 0], "attention_mask": [True, True, False]},
+        {"input_ids": [5, 6], "labels": label, "attention_mask": None},
+        {"input_ids": [5, 6], "labels": label},
+    ]
+    path.write_text("\n".join(map(json.dumps, padded)))
+    rows = load_rows(str(path), ids_task())
+    assert list(rows) == [{"input_ids": [5, 6], "labels": label}] * 4
+    kept = Task(name="t", train="x.jsonl", tokens={"attention_mask": None}, validation_share=0)
+    path.write_text(json.dumps(padded[0]))
+    assert load_rows(str(path), kept)[0]["input_ids"] == [0, 0, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([1], "has 2 input_ids but an attention_mask of length 1"),
+        ([0, 0], "has only padding"),
+        ([0, 1], "labels[0] is 6, but no token precedes it"),
+        ([1, 2], "attention_mask: [1, 2] is not a list of 0 and 1"),
+        ("x", "attention_mask: is not JSON"),
+    ],
+)
+def test_malformed_attention_masks(tmp_path, mask, expected):
+    path = tmp_path / "d.jsonl"
+    row = {"input_ids": [5, 6], "labels": [-100, 6], "attention_mask": mask}
+    path.write_text(json.dumps(row))
+    with pytest.raises(BadInput) as caught:
+        load_rows(str(path), ids_task())
+    assert caught.value.problems[0].startswith(f"{path}:1: {expected}")
+
+
 @pytest.mark.fault("rows without labels")
 def test_token_ids_that_are_too_long(tmp_path):
     pairs = [([5, 6, 7, 8], [-100, 6, 7, 8]), ([1, 2], [-100, 2])]

@@ -31,6 +31,7 @@ from trainer.config.run import (
     sweeps,
 )
 from trainer.config.task import (
+    DEFAULT_MASK,
     DEFAULT_TOOLS,
     LOWER_IS_BETTER,
     PLACEHOLDER,
@@ -42,6 +43,7 @@ from trainer.config.task import (
 from trainer.config.types import check_path, expand_path, parse_bytes
 
 __all__ = [
+    "DEFAULT_MASK",
     "DEFAULT_TOOLS",
     "LOWER_IS_BETTER",
     "PLACEHOLDER",

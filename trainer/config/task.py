@@ -18,7 +18,7 @@ from trainer.config.types import (
 
 LOWER_IS_BETTER = frozenset({"loss"})
 #: Default column of the tools that a dialogue may call, as in TRL.
-DEFAULT_TOOLS = "tools"
+DEFAULT_TOOLS, DEFAULT_MASK = "tools", "attention_mask"
 #: Arguments of transformers' ``apply_chat_template``, and variables that it sets.
 _TEMPLATE_ARGUMENTS = frozenset(
     {
@@ -58,6 +58,13 @@ class TokenColumns(Section):
         "labels",
         min_length=1,
         description="column of the labels: the token id, or -100 to ignore the position",
+    )
+    attention_mask: str | None = Field(
+        DEFAULT_MASK,
+        min_length=1,
+        description="column of the mask: 0 where a token is padding, otherwise 1\n"
+        "Padding is removed. The default column may be missing.\n"
+        "null: rows are not padded",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import compress
 from typing import Any
 
 from trainer.config import Task, template_fields
@@ -36,7 +37,10 @@ def parsers(task: Task) -> dict[str, Parser]:
         dialogue: dict[str, Parser] = {task.messages: parse_messages}
         return dialogue if task.tools is None else dialogue | {task.tools: parse_tools}
     if task.tokens is not None:
-        return {task.tokens.input_ids: parse_ids, task.tokens.labels: parse_labels}
+        columns = task.tokens
+        ids: dict[str, Parser] = {columns.input_ids: parse_ids, columns.labels: parse_labels}
+        mask = columns.attention_mask
+        return ids if mask is None else ids | {mask: parse_mask}
     by_column: dict[str, Parser] = {}
     if task.choices is not None:
         parse = join_labels if task.multi_label else parse_choice
@@ -235,10 +239,40 @@ def parse_labels(value: Any) -> list[int]:
     return _parse_ints(value, NO_LABEL)
 
 
+def parse_mask(value: Any) -> list[int]:
+    """Parse a list of 0 and 1 (or false and true): whether each token is not padding."""
+    mask = _from_text(value, "[0, 1, 1]")
+    if not isinstance(mask, list) or any(item not in (0, 1) for item in mask):
+        raise ValueError(f"{shorten(mask)} is not a list of 0 and 1; write [0, 1, 1]")
+    return [int(item) for item in mask]
+
+
+def without_padding(
+    input_ids: list[int], labels: list[int], mask: list[int] | None
+) -> tuple[list[int], list[int]]:
+    """Remove the tokens and labels whose mask is 0.
+
+    Raises:
+        ValueError: the lists differ in length, or all tokens are padding.
+    """
+    if len(input_ids) != len(labels):
+        raise ValueError(
+            f"has {len(input_ids)} input_ids but {len(labels)} labels; make one label per id"
+        )
+    if mask is None:
+        return input_ids, labels
+    if len(mask) != len(input_ids):
+        raise ValueError(
+            f"has {len(input_ids)} input_ids but an attention_mask of length {len(mask)}; make "
+            "one value per id"
+        )
+    if not any(mask):
+        raise ValueError("has only padding: attention_mask is 0 everywhere; remove the row")
+    return list(compress(input_ids, mask)), list(compress(labels, mask))
+
+
 def problem_of_tokens(input_ids: list[int], labels: list[int]) -> str | None:
     """Describe a mismatch between a row's ids and its labels; None if there is none."""
-    if len(input_ids) != len(labels):
-        return f"has {len(input_ids)} input_ids but {len(labels)} labels; make one label per id"
     if labels[0] != NO_LABEL:
         return f"labels[0] is {labels[0]}, but no token precedes it to predict it; make it -100"
     for number, (token, label) in enumerate(zip(input_ids, labels, strict=True)):

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config import DEFAULT_TOOLS, PLACEHOLDER, Task, template_fields
+from trainer.config import DEFAULT_MASK, DEFAULT_TOOLS, PLACEHOLDER, Task, template_fields
 from trainer.config.task import VIRTUAL_TOKENS
-from trainer.data.column_parsers import parsers, problem_of_tokens
+from trainer.data.column_parsers import parsers, problem_of_tokens, without_padding
 from trainer.data.text_readers import FileRecord, place, shorten
 from trainer.runtime.errors import did_you_mean
 
@@ -57,7 +57,8 @@ def columns_used(task: Task) -> dict[str, str]:
     if task.messages is not None:
         return {task.messages: "messages"} | dict.fromkeys(optional_columns(task), "tools")
     if task.tokens is not None:
-        return {task.tokens.input_ids: "tokens.input_ids", task.tokens.labels: "tokens.labels"}
+        used = {task.tokens.input_ids: "tokens.input_ids", task.tokens.labels: "tokens.labels"}
+        return used | dict.fromkeys(optional_columns(task), "tokens.attention_mask")
     used = dict.fromkeys(template_fields(task.input), "input")
     for name in template_fields(task.target):
         used.setdefault(name, "target")
@@ -68,7 +69,10 @@ def columns_used(task: Task) -> dict[str, str]:
 
 def optional_columns(task: Task) -> list[str]:
     """Return the used columns that may be missing or null in a row."""
-    return [task.tools] if task.messages is not None and task.tools is not None else []
+    name = None if task.messages is None else task.tools
+    if task.tokens is not None:
+        name = task.tokens.attention_mask
+    return [] if name is None else [name]
 
 
 def content_columns(task: Task) -> list[str]:
@@ -190,10 +194,20 @@ class RowValidator:
         if len(row) < len(self._used):
             return None
         if self.task.tokens is not None:
-            problem = problem_of_tokens(*(row[name] for name in self._used))
-            if problem:
-                self._add(record, problem)
+            self._remove_padding(record, row)
         return {name: value for name, value in row.items() if value is not None}
+
+    def _remove_padding(self, record: FileRecord, row: dict[str, Any]) -> None:
+        """Replace ids, labels and mask of a row by the ids and labels that are not padding."""
+        ids, labels, *masks = self._used
+        mask = next((row.pop(name) for name in masks), None)
+        try:
+            row[ids], row[labels] = without_padding(row[ids], row[labels], mask)
+        except ValueError as error:
+            self._add(record, str(error))
+            return
+        if problem := problem_of_tokens(row[ids], row[labels]):
+            self._add(record, problem)
 
     def finish(self, header: Sequence[str] | None = None) -> Problems:
         """Return all problems. ``header``: the columns, if the format has a header."""
@@ -241,7 +255,7 @@ class RowValidator:
 
     def _report_missing(self, name: str, column: _Column, names: list[str]) -> None:
         if name in self._optional:  # a column with the default name may be missing in all rows
-            if name in names or name == DEFAULT_TOOLS:
+            if name in names or name in (DEFAULT_TOOLS, DEFAULT_MASK):
                 return
         elif not column.missing and (self.num_rows or name in names):
             return

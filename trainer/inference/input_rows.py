@@ -182,6 +182,9 @@ def _with_placeholder(values: Mapping[str, Any], task: Task) -> dict[str, Any]:
         if isinstance(ids, list) and ids:
             row[task.tokens.input_ids] = [*ids, ids[-1]]
             row[task.tokens.labels] = [NO_LABEL] * len(ids) + ids[-1:]
+            name = task.tokens.attention_mask
+            if name is not None and isinstance(mask := _parsed(row.get(name)), list):
+                row[name] = [*mask, 1]
     else:
         row |= dict.fromkeys(_targets(task), [text] if task.multi_label else text)
     return row
