@@ -35,6 +35,7 @@ class StatusReader:
         self.run_dir = run_dir
         self._jobs = jobs
         self._metrics: dict[Path, RunMetrics] = {}
+        self._recorded = ""  # output_dir of the run file, which differs in a moved or copied folder
         self._asked: dict[tuple[str, str], tuple[float, dict[str, JobState]]] = {}
 
     def read(self, *, quick: bool = False) -> Status:
@@ -67,8 +68,10 @@ class StatusReader:
         number, submission = find_job(self.run_dir, record)
         job = state_of(number, self._query(number, submission.cluster)) if number else None
         status = self._run(self.run_dir, job, folder / "run.yaml", quick)
-        if status.resume:
-            status.resume = _without_fresh(submission.command) or status.resume
+        if status.resume and submission.command:
+            status.resume = _without_fresh(submission.command)
+        if status.resume and here not in [*map(resolved, submission.tasks), self._recorded]:
+            status.resume += f" {shlex.quote(f'output_dir={here}')}"  # was moved or copied
         return status
 
     def _query(self, number: str, cluster: str) -> dict[str, JobState]:
@@ -97,6 +100,7 @@ class StatusReader:
         config = None
         if not (quick and summary and _is_complete(summary)):
             config = _config(run_dir, frozen, expected=job is not None or lock is not None)
+        self._recorded = resolved(config.output_dir if config else run_dir)
         status.steps = config.last_step if config else summary.steps if summary else None
         metrics = self._metrics.setdefault(run_dir, RunMetrics(run_dir))
         if config or not quick:

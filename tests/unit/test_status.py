@@ -348,6 +348,13 @@ def test_a_stopped_run_names_the_command_that_resumes_it(out):
     assert "start over: promptshard train my.yaml" in text
 
 
+def test_a_moved_or_copied_run_is_resumed_in_its_own_folder(out):
+    copy = out.with_name("a copy")
+    shutil.copytree(out, copy)
+    expected = f"promptshard train my.yaml training.steps=5 'output_dir={copy}'"
+    assert status.read_status(copy).resume == expected
+
+
 def test_a_run_is_resumed_without_the_option_that_would_start_it_over(out, run_file):  # noqa: F811
     folder = submitted(run_file, out) / "logs" / "submitted" / "20260101-000000"
     record = {"job": "", "tasks": [str(out)], "command": "promptshard submit my.yaml --fresh"}
