@@ -35,13 +35,14 @@ from trainer.checkpointing.run_lock import Lock, LockLost, acquire
 from trainer.checkpointing.saved_state import problem_of, problem_of_encoders
 from trainer.config import RunConfig, dump
 from trainer.prompts.saved_prompts import source_problems, without_sources
-from trainer.reporting.run_description import forget_if_other
+from trainer.reporting.run_description import forget_if_copied, forget_if_other
 from trainer.reporting.run_end import finish_sending, tracked_run
 from trainer.reporting.summary import finished_summary
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.process import ROWS_CHECKED
 from trainer.tracking import Finished, MetricsLog, TrackingClient
+from trainer.tracking.progress_file import ProgressFile
 from trainer.training.initial_bank import copy_rank_0
 from trainer.training.progress import TrainingProgress
 from trainer.training.task_loading import read_tasks
@@ -182,6 +183,21 @@ def test_a_run_with_other_settings_starts_new_curves(tmp_path: Path) -> None:
         forget_if_other(tmp_path, dump(settings))
         assert (tmp_path / "tracking.json").exists() == kept
         assert (tmp_path / "logs" / "system_metrics.jsonl").exists() == kept
+
+
+def test_a_copy_starts_new_curves_while_the_original_exists(tmp_path: Path) -> None:
+    original, copy, moved = (tmp_path / name for name in ("original", "copy", "moved"))
+    original.mkdir()
+    (original / "run.yaml").write_text(f"output_dir: {original}\n")
+    ProgressFile(original).save()
+    shutil.copytree(original, copy)
+    for folder in (original, copy):
+        forget_if_copied(folder)
+    assert (original / "tracking.json").exists()
+    assert not (copy / "tracking.json").exists()
+    original.rename(moved)
+    forget_if_copied(moved)
+    assert (moved / "tracking.json").exists()
 
 
 def test_a_resumed_run_does_not_need_initial_prompts() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import PROJECT_ROOT, RunConfig, dump
+from trainer.config.yaml_source import saved
 from trainer.data.task_data import TaskData
 from trainer.distributed.deepspeed_engine import Engine, device_name
 from trainer.distributed.model_loading import LoadedBase
@@ -20,7 +21,7 @@ from trainer.model.checkpoint_files import portable
 from trainer.runtime import atomic_io
 from trainer.runtime.git_revision import git_revision
 from trainer.runtime.redact import redact
-from trainer.tracking.progress_file import forget_tracking
+from trainer.tracking.progress_file import ProgressFile, forget_tracking
 from trainer.training.loop import Loop
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "safetensors", "datasets", "mlflow")
@@ -39,11 +40,13 @@ def describe_run(
     """Write ``run.yaml``, ``environment.json`` and ``datasets.json``.
 
     If the run ``begins``, that is, does not resume, it gets a new MLflow run unless an earlier run
-    in this folder had the same settings.
+    in this folder had the same settings. A run that resumes in a copy of its folder gets one, too.
     """
     settings = redact(dump(config.model_copy(update={"base": portable(config.base)})))
     if begins:
         forget_if_other(output, settings)
+    else:
+        forget_if_copied(output)
     atomic_io.write(output / "run.yaml", settings)
     environment = {
         "versions": versions(),
@@ -67,6 +70,15 @@ def forget_if_other(output: Path, settings: str) -> None:
     """Forget the folder's MLflow run if ``run.yaml`` there differs from these settings."""
     path = output / "run.yaml"
     if path.exists() and path.read_text() != settings:
+        forget_tracking(output)
+
+
+def forget_if_copied(output: Path) -> None:
+    """Forget the folder's MLflow run if it is that of a folder that this one is a copy of."""
+    source = Path(str(saved(output / "run.yaml").get("output_dir", output)))
+    if not source.is_dir() or source.samefile(output):
+        return
+    if ProgressFile(source).output_id == ProgressFile(output).output_id:
         forget_tracking(output)
 
 
