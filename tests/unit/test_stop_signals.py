@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: The program of a rank, with a signal in place of its work.
 RANK = """
 import ctypes, os, signal, sys, threading, types
+from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 def blocked():
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -24,6 +25,9 @@ def stop(*args, **kwargs):
     if "training" in sys.argv[4:]:
         from trainer.runtime import stop_signals
         stop_signals.defer()
+        if "failing" in sys.argv[4:]:
+            stop_signals.write_stop_file(Path(sys.argv[2], "out", "logs"))
+            raise RuntimeError("loss is lost")
         raise stop_signals.Stopped
     if sys.argv[4:] == ["blocked"]:
         threading.Timer(0.5, os.kill, (os.getpid(), getattr(signal, sys.argv[3]))).start()
@@ -79,6 +83,15 @@ def test_a_command_that_started_over_is_resumed_without_the_option(tmp_path: Pat
     assert done.stderr == f"{RESUMED.replace('command', 'command without --fresh')}\n"
     done = stopped_rank(tmp_path, "train", "SIGTERM", "--fresh")
     assert done.stderr == f"{RESTARTED}\n", "the checkpoint is of the earlier run"
+
+
+def test_a_failure_is_reported_although_another_start_in_the_folder_was_stopped(
+    tmp_path: Path,
+) -> None:
+    """A run that trains stops on all ranks together: none fails because another one stopped."""
+    done = stopped_rank(tmp_path, "train", "SIGTERM", "training", "failing")
+    assert done.returncode == 1, done.stderr
+    assert "loss is lost" in done.stderr
 
 
 def test_a_library_may_turn_the_signal_into_another_error(tmp_path: Path) -> None:

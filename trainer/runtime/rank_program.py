@@ -117,8 +117,9 @@ def run_guarded(
         traceback.print_exc()
         if stop_signals.interrupted():
             return _interrupted(logs, resumes_from, console)
-        # When a signal stops one rank, the connections of the other ranks to it fail.
-        if resumes_from is not None and stop_signals.stopped_since(logs, started):
+        # When a signal stops one rank while loading, the connections of other ranks to it fail.
+        loading = not stop_signals.deferred()
+        if resumes_from is not None and loading and stop_signals.stopped_since(logs, started):
             return _stopped(resumes_from(logs.parent), console)
         console.failure(error)
         return EXIT_FAILURE
