@@ -132,6 +132,20 @@ def test_overrides_reach_settings_by_key_index_and_name(run_file):
     assert run.tasks[0].choices == ["x", "y", "z"]
 
 
+def test_overrides_reach_items_whose_names_contain_dots(run_file):
+    text = GOOD.replace("triage", "v1.5").replace("name: two", "name: two.0.seed")
+    run = load(
+        run_file(text),
+        [
+            "prompts.two.0.seed.seed=3",
+            "prompts[two.0.seed].num_virtual_tokens=7",
+            "tasks.v1.5.choices=[yes, no]",
+        ],
+    )
+    assert (run.prompts[1].num_virtual_tokens, run.prompts[1].seed) == (7, 3)
+    assert run.tasks[0].choices == ["yes", "no"]
+
+
 def test_the_last_override_wins_and_null_sections_can_be_entered(run_file):
     text = GOOD + "evaluation: {early_stopping: null}\n"
     run = load(

@@ -168,8 +168,17 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
         raise BadInput(
             f"{_cut(override)}: an override is written key=value, for example training.steps=100"
         )
+    target: Any = data
+    path: list[str | int] = []
+    while parts:
+        at, parts = _key(target, parts, override, path)
+        path.append(at)
+        if parts:
+            if isinstance(target, dict) and target.get(at) is None:
+                target[at] = {}
+            target = target[at]
     try:
-        parsed = value_of(key, value)
+        target[at] = yaml_parser.parse(value, tuple(path), _is_text).data
     except YamlError as error:
         raise BadInput(
             f"{_cut(override)}: the value is not valid YAML; quote it"
@@ -177,41 +186,34 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
             else f"{_cut(override)}: {_named(where)}{text}"
             for where, _, text in error.problems
         ) from None
-    target: Any = data
-    path: list[str | int] = []
-    for depth, name in enumerate(parts):
-        at = _key(target, name, override, path)
-        path.append(at)
-        if depth == len(parts) - 1:
-            target[at] = parsed
-        else:
-            if isinstance(target, dict) and target.get(at) is None:
-                target[at] = {}
-            target = target[at]
     return tuple(path)
 
 
-def _key(target: Any, name: str, override: str, path: Sequence[str | int]) -> str | int:
-    """Return ``name`` itself for a mapping, or the index that it means in a list.
+def _key(
+    target: Any, parts: list[str], override: str, path: Sequence[str | int]
+) -> tuple[str | int, list[str]]:
+    """Return the key of a mapping, or the index in a list, that parts begin with; and the rest.
 
     Args:
+        parts: of the override's key, divided at dots, which the name of an item may contain.
         path: of ``target``.
     """
+    name, rest = parts[0], parts[1:]
     if isinstance(target, dict):
-        return name
+        return name, rest
     if not isinstance(target, list):
         setting = dotted(tuple(path))
         raise BadInput(
             f"{_cut(override)}: {setting} is a single value in this run file, without {name!r}; "
             f"override {setting} itself"
         )
-    names = [str(item.get("name")) for item in target if isinstance(item, dict)]
-    if name in names:
-        return next(
-            i for i, x in enumerate(target) if isinstance(x, dict) and str(x.get("name")) == name
-        )
+    items = [str(item.get("name")) if isinstance(item, dict) else "" for item in target]
+    for length in range(len(parts), 0, -1):
+        if (joined := ".".join(parts[:length])) in items:
+            return items.index(joined), parts[length:]
     if re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(target):
-        return int(name)
+        return int(name), rest
+    names = list(filter(None, items))
     raise BadInput(
         f"{_cut(override)}: no item {name!r}{did_you_mean(name, names)}; known: {', '.join(names)}"
     )
