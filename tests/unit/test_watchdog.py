@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from trainer.distributed import watchdog
+from trainer.distributed import collectives, watchdog
 from trainer.distributed.watchdog import CollectiveTracker, Watchdog, end_process, read_lost
 
 BEAT = 0.01
@@ -123,6 +124,26 @@ def test_rank_0_that_was_killed_on_another_host_is_named(ranks):
     with run.trackers[1].during("all_reduce of sums"):
         run.until_told_by(1)
     assert re.match(r"rank 0( on host0)? stopped responding 0.3 s", dict(run.messages)[1])
+
+
+def test_ranks_that_are_done_wait_for_rank_0(ranks):
+    """srun kills the task of rank 0 some time after the first other task has ended."""
+    run, ended = ranks(count=2), threading.Event()
+    ended_rank = collectives.Ranks(1, 2, 0, torch.device("cpu"), 60)
+    ended_rank._watchdog = run.dogs[1]
+    thread = threading.Thread(target=lambda: (ended_rank.close(), ended.set()), daemon=True)
+    thread.start()
+    assert not ended.wait(20 * BEAT)
+    run.dogs[0].stop()
+    assert ended.wait(10)
+
+
+@pytest.mark.parametrize("how", ["killed", "slow"])
+def test_ranks_that_are_done_do_not_wait_for_ever(ranks, how):
+    run = ranks(count=2, timeout=0.1)
+    run.store.gone = how == "killed"
+    run.dogs[1].stop()
+    run.dogs[1].wait_for_rank_0()
 
 
 @pytest.mark.fault("rank suspended (SIGSTOP)")

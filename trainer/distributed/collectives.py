@@ -186,7 +186,13 @@ class Ranks:
         return self.run_on_all(outcome.result)
 
     def close(self) -> None:
+        """End the work with the other ranks. Ranks other than 0 first wait for rank 0.
+
+        Rank 0 may write results for minutes, and srun kills it some time after the first task of
+        another node has ended (``WAIT_SECONDS`` of ``launch/slurm.py``).
+        """
         if self._watchdog is not None:
             self._watchdog.stop()
+            self._watchdog.wait_for_rank_0()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -154,6 +154,16 @@ class Watchdog:
         with suppress(Exception):  # rank 0 may have left already
             self._send()
 
+    def wait_for_rank_0(self) -> None:
+        """Wait until rank 0 has stopped its watchdog or ended, at most ``timeout_seconds``."""
+        deadline = time.monotonic() + self._timeout
+        with suppress(Exception):  # rank 0 has ended
+            while self._rank != 0 and time.monotonic() < deadline:
+                (heartbeat,) = self._store.multi_get(self._keys[:1])
+                if json.loads(heartbeat)["left"]:
+                    return
+                time.sleep(self._interval)
+
     def _send(self) -> None:
         self._sent += 1
         tracker = self._tracker
