@@ -28,7 +28,7 @@ def main() -> None:
             _ignore_stop_signals()
     except Interrupted:
         _ignore_stop_signals()
-        sys.stderr.write("Stopped. Rerun the command to start over.\n")
+        sys.stderr.write("Stopped. Rerun the command.\n")
         sys.exit(os.EX_TEMPFAIL)  # trainer.runtime.errors.EXIT_RESUMABLE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from launch.exit_report import ExitReport
 from launch.launcher_command import is_local, read_hostfile
 from launch.start import count, run_alone, start_ranks
 from trainer.checkpointing.run_lock import refuse_if_alive
+from trainer.config import load
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED, STARTED, process_age
 from trainer.tracking.process_client import URI_VARIABLE
@@ -164,9 +166,15 @@ def train(
     refuse_if_alive(Path(config.output_dir))
 
     started = time.time() - process_age()
+    attempts = itertools.count()
 
     def attempt(fresh: bool) -> ExitReport:
         nonlocal started
+        if next(attempts) and load(run_file, overrides) != config:
+            raise BadInput(
+                f"{run_file}: was changed since the start, and would now describe another run; not "
+                "restarted. Undo the changes and rerun the command to resume"
+            )
         os.environ[STARTED] = str(started)
         flags = [*(["--fresh"] if fresh else []), *(["--verbose"] if verbose else [])]
         arguments = [run_file, *overrides, *flags]

@@ -753,7 +753,7 @@ def test_a_stop_signal_before_ranks_are_started(number):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 75
-    assert done.stderr == "Stopped. Rerun the command to start over.\n"
+    assert done.stderr == "Stopped. Rerun the command.\n"
 
 
 def test_a_second_stop_signal_changes_no_exit_code():
@@ -1077,6 +1077,26 @@ def test_verbose_reaches_the_ranks(tmp_path, monkeypatch, flags):
     result = CliRunner().invoke(commands.app, ["train", *arguments, *flags])
     assert result.exit_code == 0, result.output
     assert passed == [[*arguments, *flags]]
+
+
+@pytest.mark.parametrize(("steps", "starts"), [("5  # as before", 2), ("7", 1)])
+def test_a_run_whose_file_was_changed_is_not_restarted_as_another_run(
+    run_file, monkeypatch, steps, starts
+):
+    from launch import commands
+
+    endings = [exit_report.ExitReport(1), exit_report.ExitReport(0)]
+
+    def start_ranks(*_):
+        run_file.write_text(run_file.read_text().replace("steps: 5", f"steps: {steps}"))
+        return endings.pop(0)
+
+    monkeypatch.setattr(commands, "start_ranks", start_ranks)
+    for variable in (commands.ROWS_CHECKED, commands.STARTED):  # are restored after the test
+        monkeypatch.setenv(variable, "")
+    result = CliRunner().invoke(commands.app, ["train", str(run_file), "--max-restarts", "1"])
+    assert len(endings) == 2 - starts
+    assert ("was changed since the start" in str(result.exception)) == (starts == 1)
 
 
 def test_verbose_is_no_part_of_the_recorded_command():
