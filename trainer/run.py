@@ -22,6 +22,7 @@ from trainer.checkpointing.output_folder import (
     was_archived,
 )
 from trainer.checkpointing.resume import (
+    check_finished_run,
     choice_conditions,
     find_checkpoint,
     load_base_as_saved,
@@ -132,6 +133,8 @@ def _train(
         engine.run_on_all(lambda: check_sources(config, embedding_size(files.config)))
     finished = None if fresh else engine.run_on_main(lambda: finished_summary(output))
     if finished is not None:
+        if saved is None:
+            engine.run_on_main(lambda: check_finished_run(output, config, identity))
         _show_finished_run(finished, config, console, is_main=lock is not None)
         return
 

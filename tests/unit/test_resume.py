@@ -28,6 +28,7 @@ from trainer.checkpointing.output_folder import (
 )
 from trainer.checkpointing.resume import (
     apply_choices,
+    check_finished_run,
     choice_conditions,
     saved_choices,
 )
@@ -40,6 +41,7 @@ from trainer.reporting.run_end import finish_sending, tracked_run
 from trainer.reporting.summary import finished_summary
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
+from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED
 from trainer.tracking import Finished, MetricsLog, TrackingClient
 from trainer.tracking.progress_file import ProgressFile
@@ -198,6 +200,21 @@ def test_a_copy_starts_new_curves_while_the_original_exists(tmp_path: Path) -> N
     original.rename(moved)
     forget_if_copied(moved)
     assert (moved / "tracking.json").exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_another_run(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(dump(config()))
+    source = {"task": "x", "split": "train", "digest": "0"}
+    (tmp_path / "datasets.json").write_text(json.dumps([source]))
+    data = {"base.dtype": "float32", "data of x, train": "0"}
+    check_finished_run(tmp_path, config(checkpoint={"every": 7}), data)
+    with pytest.raises(BadInput) as refused:
+        check_finished_run(tmp_path, config(training={"steps": 9}), data)
+    assert refused.value.problems[0] == (
+        f"training.steps: is 9, but the run in {tmp_path} started with 8"
+    )
+    with pytest.raises(BadInput, match="data of x, train: is '1', but"):
+        check_finished_run(tmp_path, config(), data | {"data of x, train": "1"})
 
 
 def test_a_resumed_run_does_not_need_initial_prompts() -> None:

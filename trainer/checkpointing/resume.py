@@ -11,13 +11,15 @@ from trainer.checkpointing.checkpoint import SavedCheckpoint, Snapshot
 from trainer.checkpointing.checkpoint_names import CHECKPOINTS
 from trainer.checkpointing.saved_state import problem_of
 from trainer.checkpointing.state_tensors import join_tensors, split_tensors
-from trainer.config import RunConfig
+from trainer.config import RunConfig, load
 from trainer.data.task_data import TaskData
 from trainer.distributed.deepspeed_engine import Engine
 from trainer.distributed.model_loading import LoadedBase, load_base
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import read_json
+from trainer.runtime.redact import redact
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 from trainer.training.loop import Loop
 
@@ -92,16 +94,41 @@ def find_checkpoint(
                 f"{output}: {steps} step(s) were logged, but no checkpoint was saved; starting over"
             )
         return None
-    before = _with_added(saved.state["identity"], identity)
+    _refuse_other_run(output, _with_added(saved.state["identity"], identity), identity)
+    return saved
+
+
+def check_finished_run(output: Path, config: RunConfig, identity: Mapping[str, Any]) -> None:
+    """Check that a finished run whose checkpoints were removed has these settings and this data.
+
+    Raises:
+        BadInput: it is a different run; names every difference.
+    """
+    dtype = identity["base.dtype"]
+    try:
+        before = run_identity(load(output / "run.yaml"), {}, dtype, {})
+        sources = read_json(output / "datasets.json")
+    except BadInput:  # of an earlier version, or damaged
+        return
+    now = run_identity(config, {}, dtype, {})
+    for source in sources:
+        name = f"data of {source['task']}, {source['split']}"
+        before[name], now[name] = source["digest"], identity.get(name)
+    # run.yaml has no credentials
+    other = [k for k in now if redact(str(now[k])) != redact(str(before.get(k)))]
+    other += before.keys() - now.keys()
+    _refuse_other_run(output, *({k: x.get(k) for k in other} for x in (before, now)))
+
+
+def _refuse_other_run(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     problems = [
-        f"{key}: is {identity.get(key)!r}, but the run in {output} started with {before.get(key)!r}"
-        for key in sorted(identity.keys() | before.keys())
-        if identity.get(key) != before.get(key)
+        f"{key}: is {now.get(key)!r}, but the run in {output} started with {before.get(key)!r}"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key)
     ]
     if problems:
         remedy = f"{output}: give another output_dir, or use --fresh to archive that run"
         raise BadInput([*problems, remedy])
-    return saved
 
 
 def _with_added(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
