@@ -199,6 +199,10 @@ def test_experiments_and_runs_that_the_environment_names(
     assert not refused.complete
     assert "experiment 'support' is deleted in MLflow; restore it" in refused.message
     assert f"--experiment-id {deleted}" in refused.message
+    run_file = tmp_path / "first" / "run.yaml"  # the other remedy, of a run that was sent before
+    run_file.write_text(run_file.read_text().replace("experiment: support", "experiment: other"))
+    checked(tmp_path / "first")
+    assert_complete(tmp_path / "first", store, "other")
     client.restore_experiment(deleted)
 
     named = client.create_experiment("by number")

@@ -100,11 +100,13 @@ class MlflowStore:
 
     def _experiment(self, progress: StoreProgress) -> Experiment:
         """Return the run's experiment; create it if none has its name; refuse a deleted one."""
+        name = self.folder.tracking.experiment
+        if name == Tracking().experiment:  # the environment replaces the default only
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
         experiment = self._known_experiment(progress)
-        if experiment is None:
-            name = self.folder.tracking.experiment
-            if name == Tracking().experiment:  # the environment replaces the default only
-                name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
+        if experiment is None or (
+            experiment.lifecycle_stage != "active" and experiment.name != name
+        ):
             experiment = self.client.get_experiment_by_name(name) or self._create_experiment(name)
         if experiment.lifecycle_stage != "active":
             raise Refused(
