@@ -11,6 +11,7 @@ import torch
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES
 from trainer.data.token_table import Example
+from trainer.model.decode_step import DecodeStep
 from trainer.model.families import FAMILIES, layer_sizes
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.activation_memory import LOGITS_BYTES, BatchMemory, row_sizes
@@ -36,6 +37,17 @@ def saved_bytes(base: PromptedBase, batch: PackedBatch) -> int:
     with saved:
         base(batch, [VirtualTokens(leaf)])
     return saved.total
+
+
+@pytest.mark.parametrize("case", ["llama", "falcon-grouped", "deepseek_v2", "deepseek_v3"])
+def test_bytes_of_a_token_in_a_cache(family: Callable[..., Path], case: str) -> None:
+    base, rows, tokens = load_unsharded(family(case), "int8"), 2, 5
+    cache, ids = base.new_cache(), torch.ones(rows, tokens, dtype=torch.long)
+    with base.unpacked():
+        base(DecodeStep(ids, torch.ones_like(ids), cache), [])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    memory = BatchMemory(layer_sizes(base.model.config), row_sizes(ROWS, VIRTUAL), 4, LOGITS_BYTES)
+    assert held == rows * tokens * memory.cached()
 
 
 FEW = ["llama", "gpt2", "gemma2", "qwen3_moe"]

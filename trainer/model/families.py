@@ -176,6 +176,9 @@ FIRST_RELEASE: dict[str, str] = {
     "xglm": "5.3",
 }
 
+#: First release of transformers that caches the latent states of which DeepSeek's keys and values
+#: are computed, instead of these.
+LATENT_CACHE_RELEASE = "5.15"
 #: Tokens of a chunk in transformers' gated delta rule.
 DELTA_CHUNK = 64
 #: Length with which ALiBi models were trained whose config sets no maximum length.
@@ -335,7 +338,16 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
         keeps_scores=family.keeps_scores,
         recurrent=recurrent,
         recurrent_work=recurrent_work,
+        cached_width=_latent_width(config, key_heads) if latent else 0,
     )
+
+
+def _latent_width(config: PretrainedConfig, heads: int) -> int:
+    """Elements that the cache of one layer has for a token, in families with latent attention."""
+    rotated = int(config.qk_rope_head_dim)
+    if _release(TRANSFORMERS_VERSION) >= _release(LATENT_CACHE_RELEASE):
+        return int(config.kv_lora_rank) + rotated
+    return heads * (int(config.qk_nope_head_dim) + rotated + int(config.v_head_dim))
 
 
 def _recurrent_sizes(config: PretrainedConfig) -> tuple[int, int]:

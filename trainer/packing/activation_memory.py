@@ -58,6 +58,8 @@ class LayerSizes:
         recurrent: fp32 elements per token that a recurrent layer saves, in transformers' reference
             implementation.
         recurrent_work: fp32 elements per token of its largest temporary tensor.
+        cached_width: elements that the cache of one layer has for a token; 0: a key and a value of
+            ``key_width``.
     """
 
     layers: int
@@ -76,6 +78,7 @@ class LayerSizes:
     keeps_scores: bool = False
     recurrent: int = 0
     recurrent_work: int = 0
+    cached_width: int = 0
 
     @property
     def mlp(self) -> int:
@@ -182,8 +185,9 @@ class BatchMemory:
         return max(4 * (3 * s.hidden + inner) + routed, 4 * s.recurrent_work)
 
     def cached(self) -> int:
-        """Return the bytes of keys and values in a cache."""
-        return 2 * self.sizes.layers * self.sizes.key_width * self.itemsize
+        """Return the bytes of a token in a cache."""
+        width = self.sizes.cached_width or 2 * self.sizes.key_width
+        return self.sizes.layers * width * self.itemsize
 
     def batch_bytes(self, tokens: int, checkpointing: bool) -> int:
         """Return the peak bytes of a packed batch of ``tokens`` tokens."""
