@@ -33,7 +33,7 @@ from trainer.commands.export_prompt import export_prompt
 from trainer.config import Base, RunConfig, Task
 from trainer.data.token_table import Example
 from trainer.data.tokenization.dialogue_rows import dialogue_encoder
-from trainer.data.tokenization.message_edits import with_mark
+from trainer.data.tokenization.message_edits import with_mark, with_system
 from trainer.data.tokenization.tokenize import encode_request
 from trainer.model.checkpoint_files import open_base
 from trainer.model.embedding_lookup import read_token_embeddings
@@ -482,13 +482,16 @@ def test_requests_can_be_messages_and_rows(
     stream = script.PromptStream()
     as_text = stream.ids("A note.")
     assert stream.ids({"text": "A note."}) == as_text
-    turns = [
-        {"role": "system", "content": "Sort the note."},
-        {"role": "user", "content": "A note.\nAnswer:"},
-    ]
-    assert stream.ids(turns) == as_text
+    turns = [{"role": "user", "content": "A note.\nAnswer:"}]
+    assert stream.ids(turns) == as_text, "the task's text of the system is added"
     parsed = sys.modules["prompt_stream"].parse_request(json.dumps(turns))
     assert stream.ids(parsed) == as_text
-    longer = [*turns, {"role": "assistant", "content": "cardiac"}, *turns[1:]]
-    encoder = dialogue_encoder(tokenizer(), run_files.load_output(run).tasks[0])
-    assert stream.ids(longer) == encoder.marked_opening(with_mark(longer, "system"))
+    answer = {"role": "assistant", "content": "cardiac"}
+    task = run_files.load_output(run).tasks[0]
+    encoder = dialogue_encoder(tokenizer(), task)
+    for start in ([], [{"role": "system", "content": "Be brief."}]):
+        longer = [*start, *turns, answer, *turns]
+        marked = with_mark(with_system(longer, task.system), "system")
+        assert stream.ids(longer) == encoder.marked_opening(marked)
+    parts = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *turns]
+    assert stream.messages(parts) == with_mark(with_system(parts, task.system), "system")

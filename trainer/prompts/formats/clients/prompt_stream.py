@@ -102,8 +102,11 @@ class PromptStream:
             turns = [dict(turn) for turn in request if isinstance(turn, Mapping)]
         else:
             turns = [{"role": "user", "content": self._filled(request)}]
-            if self.settings["system"] is not None:
-                turns.insert(0, {"role": "system", "content": self.settings["system"]})
+        if (system := self.settings["system"]) is not None:
+            if turns and turns[0]["role"] == "system":
+                turns[0] = _with_text_before(turns[0], f"{system}\n\n")
+            else:
+                turns.insert(0, {"role": "system", "content": system})
         position = self.settings["position"]
         if position == "front":
             return turns
@@ -112,10 +115,7 @@ class PromptStream:
             raise ValueError("the messages have no turn of the user")
         if number is None:
             return [{"role": "system", "content": MARK}, *turns]
-        content = turns[number].get("content") or ""
-        part = {"type": "text", "text": MARK}
-        marked = MARK + content if isinstance(content, str) else [part, *content]
-        turns[number]["content"] = marked
+        turns[number] = _with_text_before(turns[number], MARK)
         return turns
 
     def _written(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -212,6 +212,15 @@ class PromptStream:
             return Path(hf_hub_download(str(base), name, revision=self.settings["revision"]))
         except EntryNotFoundError:
             return None
+
+
+def _with_text_before(turn: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Write a text before that of a turn."""
+    content = turn.get("content") or ""
+    if isinstance(content, str):
+        return {**turn, "content": text + content}
+    first, *rest = content  # no part of its own: some chat templates read the first part only
+    return {**turn, "content": [{**first, "text": text + first["text"]}, *rest]}
 
 
 def parse_request(text: str) -> Request:
