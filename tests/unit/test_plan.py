@@ -266,6 +266,9 @@ def test_encoders_take_memory_with_their_default_width(run_file: Path) -> None:
         return plan_of(run_file, "h100-80gb", [8], *settings).options[0].bytes.prompts
 
     assert prompt_bytes() == 20 * 20 * 4096
+    large = ("prompts.p.method=prefix_tuning", "prompts.p.encoder=mlp")  # 272M parameters
+    one, two = (plan_of(run_file, "l4", [8], *s).options[0].budget for s in ((), large))
+    assert one.room - two.room == pytest.approx(0.8 * (prompt_bytes(*large) - prompt_bytes()))
     mlp = prompt_bytes("prompts.p.method=p_tuning")
     assert mlp == pytest.approx(20 * (3 * 4096**2 + 20 * 4096), rel=1e-3)
     assert mlp == prompt_bytes("prompts.p.method=p_tuning", "prompts.p.encoder_hidden_size=4096")

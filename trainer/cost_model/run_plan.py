@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.config import RunConfig, parse_bytes
-from trainer.config.encoders import PromptWidths
 from trainer.cost_model.hardware import STORAGE_RATE, Device
 from trainer.cost_model.run_needs import RunNeeds
 from trainer.cost_model.run_time import BATCH_SECONDS, phase_seconds
@@ -32,10 +31,8 @@ from trainer.packing.activation_memory import (
     BatchMemory,
     TokenBudget,
 )
-from trainer.packing.run_budget import run_budget
+from trainer.packing.run_budget import prompt_bytes, run_budget
 
-#: Copies of a prompt's parameters: values, gradient, two states of the optimizer, the best ones.
-PROMPT_COPIES = 5
 #: Memory of a process on a CPU beside these parts: objects of the model, and freed memory that the
 #: C library keeps for reuse, in multiples of the activations (1.1 to 2.6 with 11 small bases).
 #: Recomputed layers are freed at once (``freed_memory.return_freed_memory``).
@@ -408,16 +405,6 @@ def option_bytes(
         gathered=gathered,
         activations=activations + copies,
         head=max(0, LOGITS_COPIES * cost.logits_bytes - temporary),
-        prompts=_prompt_bytes(needs),
+        prompts=prompt_bytes(needs.config, needs.sizes),
         other=device.context_bytes + other,
     )
-
-
-def _prompt_bytes(needs: RunNeeds) -> int:
-    """fp32 bytes of the prompts and their encoders, and of what training keeps beside them."""
-    sizes = needs.sizes
-    widths = PromptWidths(needs.base.embedding.unit, sizes.key_width, sizes.layers)
-    # Prompts of a share train one module.
-    trained = {(p.share is None, p.share or p.name): p for p in needs.config.prompts}
-    parameters = sum(p.entry.num_parameters(p, widths) for p in trained.values())
-    return 4 * PROMPT_COPIES * parameters

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trainer.config import RunConfig
+from trainer.config.encoders import PromptWidths
 from trainer.packing.activation_memory import (
     CPU_TOKENS,
     LOGITS_BYTES,
@@ -19,6 +20,18 @@ from trainer.packing.activation_memory import (
     choose_budget,
     row_sizes,
 )
+
+#: Copies of a prompt's parameters: values, gradient, two states of the optimizer, the best ones.
+PROMPT_COPIES = 5
+
+
+def prompt_bytes(config: RunConfig, sizes: LayerSizes) -> int:
+    """fp32 bytes of the prompts and their encoders, and of what training keeps beside them."""
+    widths = PromptWidths(sizes.hidden, sizes.key_width, sizes.layers)
+    # Prompts of a share train one module.
+    trained = {(p.share is None, p.share or p.name): p for p in config.prompts}
+    parameters = sum(p.entry.num_parameters(p, widths) for p in trained.values())
+    return 4 * PROMPT_COPIES * parameters
 
 
 def run_budget(
@@ -51,6 +64,8 @@ def run_budget(
         itemsize,
         min(LOGITS_BYTES, 4 * vocab_size * needed),
     )
+    if lengths:  # prompts are trained
+        left_bytes = max(0, left_bytes - prompt_bytes(config, sizes))
     tokens = config.training.micro_batch_tokens
     checkpointing = config.engine.gradient_checkpointing
     budget = choose_budget(
