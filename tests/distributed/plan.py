@@ -25,11 +25,11 @@ from trainer.distributed.prefetch import RankInfo, prepare_step
 from trainer.distributed.zero3_sharder import base_bytes
 from trainer.model.checkpoint_files import open_base
 from trainer.packing.batch_source import BatchSource
-from trainer.prompts.soft_prompt import prompt_lengths
+from trainer.prompts.soft_prompt import VirtualTokens, prompt_lengths
 from trainer.runtime.console import Console
 from trainer.runtime.freed_memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 from trainer.runtime.process import flush_and_exit
-from trainer.training.initial_bank import make_bank
+from trainer.training.initial_bank import embedding_function, make_bank
 from trainer.training.saved_tensors import SavedBytes
 from trainer.training.step import StepResult, batch_gradients
 
@@ -64,13 +64,16 @@ def measure(engine: Engine, config: RunConfig, steps: int) -> dict[str, Any]:
     bank = make_bank(config, engine, loaded.model, files, None, console.warn)
     before, code = start_peak()
     source = BatchSource(config, tasks)
+    embed = embedding_function(loaded.model, engine.device)
+    texts = {t.index: t.token_ids for data in tasks.values() for t in data.teachers.values()}
+    teachers = [VirtualTokens(embed(ids), ids) for _, ids in sorted(texts.items())]
     rank = RankInfo(engine.rank, engine.world_size, engine.device)
 
     def step(saved: SavedBytes | None) -> StepResult:
         prompts = bank.virtual_tokens()
         rows = source.next_step(bank.active)
         batch = prepare_step(rows, prompt_lengths(prompts), rank, loaded.budget.tokens)
-        result = batch_gradients(engine, loaded.model, batch, prompts, saved)
+        result = batch_gradients(engine, loaded.model, batch, prompts, saved, teachers)
         bank.update(result.gradients)
         return result
 

@@ -46,6 +46,15 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"num_hidden_layers": 6, "vocab_size": 500},
         ["engine.base_memory=6.5MB", "training.micro_batch_tokens=280"],
     ),
+    "llama-distilled": (
+        "llama",
+        {"num_hidden_layers": 6, "vocab_size": 500},
+        [
+            "engine.base_memory=6.5MB",
+            "prompts.p.objective=distill",
+            f"prompts.p.teacher={' '.join(f'w{n}' for n in range(10, 40))}",
+        ],
+    ),
     "llama-recomputed": ("llama", {}, ["engine.gradient_checkpointing=true"]),
     "mistral-prefix": ("mistral", {"hidden_size": 320}, ["prompts.p.method=prefix_tuning"]),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 6000}, []),

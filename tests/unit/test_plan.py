@@ -277,6 +277,17 @@ def test_encoders_take_memory_with_their_default_width(run_file: Path) -> None:
     assert one == prompt_bytes(*reader, "prompts.p.sweep.init=[{text: One}, {text: Two}]")
 
 
+def test_a_teacher_takes_a_forward_pass(run_file: Path) -> None:
+    """Products and gathers of a third pass, beside those of forward and backward."""
+    settings = ("engine.base_memory=2GB", "training.tokens_per_step=8192")
+    distill = ("prompts.p.objective=distill", "prompts.p.teacher='Answer with one word.'")
+    plain, taught = (
+        plan_of(run_file, "l4", [8], *settings, *s).options[-1].cost for s in ((), distill)
+    )
+    assert taught.linear_flops == pytest.approx(1.5 * plain.linear_flops, rel=0.05)
+    assert 1.3 < taught.gathered_bytes / plain.gathered_bytes < 1.6
+
+
 def test_json_has_the_keys_of_the_design(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from trainer.config import RunConfig
 from trainer.cost_model.base_shape import BaseShape
 from trainer.data.splits import load_splits
 from trainer.data.task_data import TaskData
+from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
 from trainer.model.families import layer_sizes
 from trainer.packing.activation_memory import LayerSizes
@@ -24,6 +25,8 @@ SAMPLE = 1000
 STEPS = 3
 #: Share of the tokens of a row of unknown content that are labels.
 LABEL_SHARE = 1 / 8
+#: Length of the text of a teacher, if no tokenizer is read.
+CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,13 @@ def needs_of_row_tokens(
     labels = max(1, int(LABEL_SHARE * row_tokens))
     draw = random.Random(0)
     rows: list[PackedRow] = []
-    for k in range(len(config.prompts)):
+    for k, prompt in enumerate(config.prompts):
+        written = (0,) * (len(prompt.teacher or "") // CHARACTERS_PER_TOKEN + 1)
+        teacher = None if prompt.teacher is None else Teacher(k, written, 0)
         for _ in range(count):
             ids = tuple(draw.randrange(base.vocab_size) for _ in range(row_tokens))
             example = Example.with_target(ids, row_tokens - labels, len(rows))
-            rows.append(PackedRow(example, k, len(rows)))
+            rows.append(PackedRow(example, k, len(rows), teacher=teacher))
     evaluated = {
         task.name: sum(len(read) for split, read in load_splits(task).items() if split != "train")
         for task in config.tasks

@@ -21,8 +21,9 @@ from trainer.packing.activation_memory import LOGITS_BYTES, MIN_COLUMNS, BatchMe
 #: FLOPs of attention per product of a query with a key and element of a head: scores and sums of
 #: values, each a multiplication and an addition; five such products in backward.
 FORWARD_SCORES, BACKWARD_SCORES = 4, 10
-#: Products with the head per label: logits, and the gradient of the hidden state.
-HEAD_PASSES = 2
+#: Products with the head per label: logits, and the gradient of the hidden state. Of a distilled
+#: label: logits of prompt and teacher, twice, and the gradient.
+HEAD_PASSES, DISTILLED_PASSES = 2, 5
 ID_BYTES = COUNT_BYTES = 8
 
 
@@ -69,7 +70,8 @@ def step_cost(
     exchanged, shared = max(_exchanged(base, placement, part, itemsize) for part in parts)
     batches = [batch for rank in work for batch in rank]
     largest = max(batches, key=lambda batch: batch.tokens)
-    layers = _gathered_layers(base, placement, len(work[0]))
+    passes = 3 if largest.teacher is not None else 2
+    layers = _gathered_layers(base, placement, len(work[0]), passes)
     saved = largest.tokens * replace(memory, margin=1.0).saved(checkpointing)
     flops = [step_flops(base, memory, rank, checkpointing=checkpointing) for rank in work]
     linear, attention, head = max(flops, key=sum)
@@ -90,7 +92,10 @@ def step_cost(
 def step_flops(
     base: BaseShape, memory: BatchMemory, batches: Sequence[BatchWork], *, checkpointing: bool
 ) -> tuple[float, float, float]:
-    """FLOPs of one rank's packed batches, forward and backward: linear layers, attention, head."""
+    """FLOPs of one rank's packed batches: linear layers, attention, head.
+
+    Forward and backward, and forward alone of the teachers.
+    """
     tokens = sum(batch.tokens for batch in batches)
     labels = sum(batch.labels for batch in batches)
     scores = sum(batch.scores for batch in batches)
@@ -98,19 +103,26 @@ def step_flops(
     linear = 2 * (2 * base.multiplied + checkpointing * base.recomputed) * tokens
     passes = (1 + checkpointing) * FORWARD_SCORES + BACKWARD_SCORES
     attention = passes * scores * sizes.query_width * sizes.layers
-    head = HEAD_PASSES * 2 * base.vocab_size * base.hidden * labels
+    taught = [batch.teacher for batch in batches if batch.teacher is not None]
+    linear += 2 * base.multiplied * sum(teacher.tokens for teacher in taught)
+    scores = sum(teacher.scores for teacher in taught)
+    attention += FORWARD_SCORES * scores * sizes.query_width * sizes.layers
+    distilled = sum(batch.distilled for batch in batches)
+    products = HEAD_PASSES * (labels - distilled) + DISTILLED_PASSES * distilled
+    head = products * 2 * base.vocab_size * base.hidden
     return linear, attention, head
 
 
-def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int) -> int:
-    """Bytes that a rank receives for layers in a step: kept ones once, others twice per batch.
+def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int, passes: int) -> int:
+    """Bytes that a rank receives for layers in a step: kept ones once, others in every pass.
 
-    Layers that are live at the end of forward are not gathered again for backward.
+    A batch has two passes, or three with a teacher. Layers that are live at the end of a pass are
+    not gathered again in the next one.
     """
     group, total = placement.group_size, base.gathered_bytes
     kept = min(placement.kept_bytes, total)
     once = min(total - kept, live_bytes(base))
-    gathered = kept + (2 * (total - kept) - once) * micro_batches
+    gathered = kept + (passes * (total - kept) - (passes - 1) * once) * micro_batches
     return int(gathered * (group - 1) / group)
 
 
@@ -141,20 +153,25 @@ def _exchanged(
     of_head, spent, gathered = 0.0, 0, False
     received = [0] * group
     for batches in zip(*work, strict=True):
-        for rank, num_bytes in enumerate(_looked_up(base, [batch.ids for batch in batches])):
-            received[rank] += num_bytes + others * COUNT_BYTES
+        taught = [batch.teacher for batch in batches if batch.teacher is not None]
+        for read in filter(None, (batches, taught)):
+            for rank, num_bytes in enumerate(_looked_up(base, [batch.ids for batch in read])):
+                received[rank] += num_bytes + others * COUNT_BYTES
         if gathered:
             continue
         of_head += 3 * COUNT_BYTES * others
         labels = max(batch.labels for batch in batches)
-        moved = labels * 2 * group * base.hidden * itemsize
+        # Hidden states and their gradients; of distilled labels, also the teacher's states.
+        states = max(2 * batch.labels + batch.distilled for batch in batches)
+        moved = states * group * base.hidden * itemsize
         if moved + (spent if keeps else 0) > table:
             of_head += table * others / group
             gathered = keeps
         else:
             spent += moved
-            # Hidden states and their gradients, labels, and three fp32 numbers reduced twice over.
-            of_head += others * labels * (2 * base.hidden * itemsize + ID_BYTES + 3 * 2 * 4)
+            # States, labels, and three fp32 numbers reduced twice over.
+            of_head += others * states * base.hidden * itemsize
+            of_head += others * labels * (ID_BYTES + 3 * 2 * 4)
     return int(max(received) + of_head), spent > 0
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.packing.length_groups import group_by_length
-from trainer.packing.packed_row import NO_PROMPT, PackedRow, PromptLengths, segment_length
+from trainer.packing.packed_row import (
+    NO_PROMPT,
+    PackedRow,
+    PromptLengths,
+    segment_length,
+    teacher_rows,
+)
 from trainer.packing.planning import plan_batches
 
 
@@ -22,12 +28,16 @@ class BatchWork:
         labels: tokens to predict.
         ids: distinct token ids, whose embeddings are looked up, ascending.
         scores: products of a query with a key, per attention head, padding of buckets included.
+        distilled: labels that learn from a teacher.
+        teacher: the forward pass of the teachers, if any row of the step has one.
     """
 
     tokens: int
     labels: int
     ids: NDArray[np.int64]
     scores: int
+    distilled: int = 0
+    teacher: BatchWork | None = None
 
 
 def step_work(
@@ -35,7 +45,19 @@ def step_work(
 ) -> list[list[BatchWork]]:
     """Distribute the rows of an update as a run does: ``work[rank][micro-batch]``."""
     plan = plan_batches(rows, lengths.tokens, num_ranks, max_tokens)
-    return [[_batch_work(batch, lengths) for batch in rank] for rank in plan]
+    work = [[_batch_work(batch, lengths) for batch in rank] for rank in plan]
+    if all(row.teacher is None for row in rows):
+        return work
+    return [
+        [_with_teacher(own, batch) for own, batch in zip(*of_rank, strict=True)]
+        for of_rank in zip(work, plan, strict=True)
+    ]
+
+
+def _with_teacher(work: BatchWork, rows: Sequence[PackedRow]) -> BatchWork:
+    read, texts = teacher_rows(rows)
+    teacher = _batch_work(read, PromptLengths(tuple(texts), (0,) * len(texts)))
+    return replace(work, distilled=teacher.labels if texts else 0, teacher=teacher)
 
 
 def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:

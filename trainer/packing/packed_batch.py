@@ -24,7 +24,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from trainer.packing.packed_row import NO_PROMPT, PackedRow, SegmentKey, segment_length
+from trainer.packing.packed_row import (
+    NO_PROMPT,
+    PackedRow,
+    SegmentKey,
+    segment_length,
+    teacher_rows,
+)
 from trainer.packing.token_tree import ROOT
 
 T = TypeVar("T")
@@ -248,20 +254,5 @@ class _BatchBuilder:
 
 
 def build_teacher_batch(rows: Sequence[PackedRow]) -> PackedBatch:
-    """Pack the rows with a teacher after its text; without such rows, pack one padding row.
-
-    The prompts of this batch are numbered by ``Teacher.index``.
-    """
-    lengths: dict[int, int] = {}
-    distilled = []
-    for row in rows:
-        if row.teacher is not None:
-            teacher = row.teacher
-            lengths[teacher.index] = len(teacher.token_ids)
-            distilled.append(PackedRow(teacher.continued_by(row.example), teacher.index, row.slot))
-    shortest = min(rows, key=lambda row: row.example.num_tokens)
-    padding_row = PackedRow(shortest.example, None, shortest.slot, is_padding=True)
-    up_to = range(max(lengths, default=-1) + 1)
-    return build_packed_batch(
-        distilled or [padding_row], [lengths.get(index, 0) for index in up_to]
-    )
+    """Pack the rows with a teacher after its text, as ``teacher_rows``."""
+    return build_packed_batch(*teacher_rows(rows))

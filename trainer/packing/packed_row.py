@@ -84,6 +84,25 @@ class PromptLengths:
     past: tuple[int, ...]
 
 
+def teacher_rows(rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
+    """Return the rows that a teacher reads, and the lengths of the teachers' texts.
+
+    Without rows of a teacher, return one padding row. The prompts of these rows are numbered by
+    ``Teacher.index``.
+    """
+    lengths: dict[int, int] = {}
+    distilled = []
+    for row in rows:
+        if row.teacher is not None:
+            teacher = row.teacher
+            lengths[teacher.index] = len(teacher.token_ids)
+            distilled.append(PackedRow(teacher.continued_by(row.example), teacher.index, row.slot))
+    shortest = min(rows, key=lambda row: row.example.num_tokens)
+    padding_row = PackedRow(shortest.example, None, shortest.slot, is_padding=True)
+    up_to = range(max(lengths, default=-1) + 1)
+    return distilled or [padding_row], [lengths.get(index, 0) for index in up_to]
+
+
 def segment_length(key: SegmentKey, prompt_lengths: Sequence[int]) -> int:
     """Return the number of tokens of a prompt's segment in a packed batch."""
     prompt, _, ids = key
