@@ -50,8 +50,9 @@ from launch.arguments import (
 )
 from launch.exit_report import ExitReport
 from launch.launcher_command import is_local, read_hostfile
+from launch.run_state import LAUNCHER_MARKS
 from launch.start import count, run_alone, start_ranks
-from trainer.checkpointing.run_lock import refuse_if_alive
+from trainer.checkpointing.run_lock import LOCK, refuse_if_alive
 from trainer.config import load
 from trainer.runtime.errors import BadInput
 from trainer.runtime.process import ROWS_CHECKED, STARTED, process_age
@@ -163,7 +164,9 @@ def train(
         )
     config = preflight.check_run(run_file, overrides)
     os.environ[ROWS_CHECKED] = "1"
-    refuse_if_alive(Path(config.output_dir))
+    # Its ranks take the lock only when they have imported their libraries.
+    starting = () if node_rank else [f"logs/{name}" for name in LAUNCHER_MARKS]
+    refuse_if_alive(Path(config.output_dir), [LOCK, *starting])
 
     started = time.time() - process_age()
     attempts = itertools.count()

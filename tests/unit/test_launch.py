@@ -23,6 +23,7 @@ from launch import arguments, exit_report, launcher_command, launcher_process, n
 from launch.__main__ import has_other_result
 from launch.launcher_command import Devices, Host, Place
 from tests.command_line import promptshard
+from trainer.checkpointing.run_lock import Holder
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
 
@@ -1077,6 +1078,21 @@ def test_verbose_reaches_the_ranks(tmp_path, monkeypatch, flags):
     result = CliRunner().invoke(commands.app, ["train", *arguments, *flags])
     assert result.exit_code == 0, result.output
     assert passed == [[*arguments, *flags]]
+
+
+def test_a_second_start_is_refused_while_the_first_one_still_starts_its_ranks(
+    run_file, monkeypatch
+):
+    """It would replace the launcher's log and load the base before its ranks are refused."""
+    from launch import commands
+
+    monkeypatch.setattr(commands, "start_ranks", None)
+    monkeypatch.setenv(commands.ROWS_CHECKED, "")  # is restored after the test
+    logs = run_file.parent / "out" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "launcher.unfinished").write_text(Holder.here().to_json())
+    result = CliRunner().invoke(commands.app, ["train", str(run_file)])
+    assert f"{logs.parent} is in use by process {os.getpid()}" in str(result.exception)
 
 
 @pytest.mark.parametrize(("steps", "starts"), [("5  # as before", 2), ("7", 1)])

@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -238,7 +238,7 @@ def _acquire(path: Path, ours: Holder) -> str | None:
                 previous = f"{file.holder or 'an unknown process'}: {why}"
         finally:
             claim.unlink(missing_ok=True)
-    raise BadInput(_in_use(path, file))
+    raise BadInput(_in_use(path.parent, path, file))
 
 
 @dataclass(frozen=True)
@@ -267,21 +267,23 @@ def lock_state(path: Path) -> LockState | None:
     return LockState(file.holder, file.touched, file.why_dead(Holder.here(), time.time()))
 
 
-def refuse_if_alive(folder: Path) -> None:
-    """Raise ``BadInput`` if a process of this host holds the lock; writes nothing.
+def refuse_if_alive(folder: Path, names: Sequence[str] = (LOCK,)) -> None:
+    """Raise ``BadInput`` if a process of this host holds one of these locks; writes nothing.
 
     ``acquire`` checks holders on other hosts, by the clock of the file system.
     """
-    file, ours = _read(folder / LOCK), Holder.here()
-    if file is None or file.holder is None or not file.holder.is_local_to(ours):
-        return
-    if file.holder.why_dead(ours, 0.0) is None:
-        raise BadInput(_in_use(folder / LOCK, file))
+    ours = Holder.here()
+    for path in (folder / name for name in names):
+        file = _read(path)
+        if file is None or file.holder is None or not file.holder.is_local_to(ours):
+            continue
+        if file.holder.why_dead(ours, 0.0) is None:
+            raise BadInput(_in_use(folder, path, file))
 
 
-def _in_use(path: Path, file: _LockFile | None) -> str:
+def _in_use(folder: Path, path: Path, file: _LockFile | None) -> str:
     return (
-        f"output_dir: {path.parent} is in use by {file or 'an unknown process'}; wait for it to "
+        f"output_dir: {folder} is in use by {file or 'an unknown process'}; wait for it to "
         f"end, stop it, or give another output_dir (if it is certainly dead, delete {path})"
     )
 
