@@ -337,6 +337,14 @@ def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, step):
     assert curves == expected
 
 
+def test_prompts_read_their_own_rows_after_their_order_in_the_run_file_has_changed(tmp_path):
+    prompts = [{"name": "short", "steps": 3}, {"name": "long"}]
+    whole = Toy(tmp_path, prompts).run()
+    resumed = Toy(tmp_path, prompts[::-1]).resume(whole.saved[5]).run()
+    assert resumed.loop.batches.state_dict() == whole.loop.batches.state_dict()[::-1]
+    assert resumed.losses(8) == pytest.approx(whole.losses(8))
+
+
 @pytest.mark.fault("stop signal while loading, in the first step or during validation")
 @pytest.mark.parametrize("where", ["in a step", "in a validation", "in the first step"])
 def test_a_stopped_run_saves_and_resumes_equal_to_an_uninterrupted_one(

@@ -208,4 +208,6 @@ class Loop:
             rule.load_state_dict(state["stopping"][name])
             if (best := self.progress.scores.get(name)) is not None:
                 rule.best = self.validator.key(k, best)
-        self.batches.load_state_dict(state["feed"])
+        # The prompts may have another order in the run file now.
+        feed = dict(zip(state["stopping"], state["feed"], strict=True))
+        self.batches.load_state_dict([feed[name] for name in self.bank.names])
