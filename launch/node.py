@@ -86,7 +86,8 @@ def refuse_taken(port: int) -> None:
         except OSError as error:
             raise BadInput(
                 f"--master-port: {port} cannot be used on this host: {error.strerror}; give "
-                "another, the same on all hosts"
+                "another, the same on all hosts (a Slurm job has another one if it is submitted "
+                "again)"
             ) from None
 
 
