@@ -386,7 +386,12 @@ def test_a_full_disk_at_the_end_names_the_file_and_the_remedy(tmp_path: Path) ->
     text = str(failed.value)
     assert text.startswith(f"{tmp_path}/summary.json: cannot be written (No space left on device)")
     assert "the newest checkpoint is step-00000009: free space" in text
-    assert "rerun the command" in text
+    assert "Rerun the command to resume and write the results" in text
+    (tmp_path / "checkpoints" / "step-00000009").rmdir()
+    with pytest.raises(ResultsNotWritten) as failed, results_can_be_written_later(tmp_path):
+        fill(tmp_path / "summary.json")
+    assert "there is no checkpoint: free space" in str(failed.value)
+    assert str(failed.value).endswith("Rerun the command to train again")
 
 
 GOOD = checkpoint_state(5, {"a": 1}, "p", "q")

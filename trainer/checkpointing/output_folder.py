@@ -153,9 +153,11 @@ def results_can_be_written_later(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         newest = newest_checkpoint(output)
-        saved = f", and the newest checkpoint is {newest}" if newest else ""
+        if newest:
+            saved, then = f"and the newest checkpoint is {newest}", "resume and write the results"
+        else:
+            saved, then = "but there is no checkpoint", "train again"
         raise ResultsNotWritten(
             f"{error.filename or output}: cannot be written ({error.strerror or error}). Training "
-            f"is complete{saved}: free space or make the file writable. {rerun()} to write the "
-            "results"
+            f"is complete, {saved}: free space or make the file writable. {rerun()} to {then}"
         ) from error
