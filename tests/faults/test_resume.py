@@ -86,7 +86,7 @@ class Runs:
         """Return the last checkpoint without its timings."""
         path = self.folder / name / f"checkpoints/step-{STEPS:08d}"
         state = json.loads((path / "state.json").read_text())
-        for clock in ("train_seconds", "data_wait_seconds", "phase_seconds"):
+        for clock in ("train_seconds", "data_wait_seconds", "phase_seconds", "rank_seconds"):
             del state["loop"]["progress"][clock]
         return load_file(path / "state.safetensors"), state
 

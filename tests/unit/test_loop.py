@@ -337,6 +337,22 @@ def test_a_resumed_search_equals_an_uninterrupted_one(tmp_path, step):
     assert curves == expected
 
 
+def test_hours_of_ranks_are_those_of_every_start(tmp_path):
+    toy = Toy(tmp_path, [{"name": "p"}]).run()
+    state = json.loads(toy.saved[5][1])["loop"]
+    own = sum(state["progress"]["phase_seconds"].values())
+    assert state["progress"]["rank_seconds"] == pytest.approx(own, abs=0.1)
+    state["progress"] |= {"phase_seconds": {"training": 100.0}, "rank_seconds": 800.0}
+    resumed = Toy(tmp_path, [{"name": "p"}]).loop
+    resumed.load_state_dict(state)
+    resumed.times.add({"training": 50.0})
+    resumed.engine.world_size = 2
+    assert resumed.accounting.rank_seconds == pytest.approx(900, abs=20)
+    del state["progress"]["rank_seconds"]
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["progress"]["rank_seconds"] > 200
+
+
 def test_prompts_read_their_own_rows_after_their_order_in_the_run_file_has_changed(tmp_path):
     prompts = [{"name": "short", "steps": 3}, {"name": "long"}]
     whole = Toy(tmp_path, prompts).run()

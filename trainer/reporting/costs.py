@@ -66,7 +66,10 @@ def cost_sentence(summary: RunSummary) -> str:
     hours, memory = device_hours(summary), summary.memory
     if hours is None:
         return ""
-    parts = [f"{hours} {device_hours_name(summary)} ({clock(summary.time['total'])} on "]
+    total, ranks = summary.time["total"], summary.world_size or 1
+    changed = abs((summary.rank_seconds or total * ranks) - total * ranks) > 1
+    on = "in the end on" if changed else "on"
+    parts = [f"{hours} {device_hours_name(summary)} ({clock(total)} {on} "]
     parts[0] += f"{summary.world_size} rank{'' if summary.world_size == 1 else 's'})"
     if tokens := summary.throughput.useful_tokens:
         parts.append(f"{tokens:,} useful tokens")
@@ -79,6 +82,8 @@ def cost_sentence(summary: RunSummary) -> str:
 
 def device_hours(summary: RunSummary) -> str | None:
     """Ranks times hours; a rank has one GPU, or on a CPU its share of the cores."""
+    if summary.rank_seconds is not None:
+        return f"{summary.rank_seconds / 3600:.3g}"
     return _hours(summary.time["total"], summary) if "total" in summary.time else None
 
 

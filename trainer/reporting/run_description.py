@@ -87,7 +87,8 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
 
     Returns:
         Fields of ``RunSummary``: ``throughput``, ``memory``, ``communication``, ``load``, ``time``,
-        ``versions`` and ``world_size``.
+        ``rank_seconds``, ``versions`` and ``world_size``. Bytes are None without a step: a run may
+        only have had its results left to write.
     """
     mine = [
         base_bytes(loaded.model),
@@ -103,7 +104,7 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
     base, rss, gpu, seconds, read, gathered, exchanged, saved, cpu = zip(
         *engine.all_gather(mine), strict=True
     )
-    steps, progress = max(1, loop.accounting.steps), loop.progress
+    steps, progress = loop.accounting.steps, loop.progress
     train_seconds = max(progress.train_seconds, 1e-9)
     return {
         "throughput": {
@@ -119,17 +120,20 @@ def measure(engine: Engine, loop: Loop, loaded: LoadedBase) -> dict[str, Any]:
             "ranks_per_copy": loaded.placement.group_size,
             "peak_rss_bytes": max(rss),
             "peak_gpu_bytes": max(gpu) if engine.device.type == "cuda" else None,
-            "saved_bytes_per_token": max(saved),
-            "saved_bytes_per_token_and_layer": max(saved) / loaded.memory.sizes.layers,
+            "saved_bytes_per_token": max(saved) if steps else None,
+            "saved_bytes_per_token_and_layer": (
+                max(saved) / loaded.memory.sizes.layers if steps else None
+            ),
             "stream_tokens": loaded.budget.tokens,
             "gradient_checkpointing": loaded.budget.checkpointing,
         },
         "communication": {
-            "gathered_bytes_per_step": max(gathered) / steps,
-            "exchanged_bytes_per_step": max(exchanged) / steps,
+            "gathered_bytes_per_step": max(gathered) / steps if steps else None,
+            "exchanged_bytes_per_step": max(exchanged) / steps if steps else None,
         },
         "load": {"seconds": max(seconds), "bytes_read_per_rank": max(read)},
         "time": loop.times.summary(),
+        "rank_seconds": loop.accounting.rank_seconds,
         "versions": versions(),
         "world_size": engine.world_size,
     }

@@ -84,7 +84,8 @@ def write_results(
             write_report(output)
     except Exception as error:  # the results are saved; a failing plot must not fail the run
         console.warn(f"no report written: {type(error).__name__}: {error}")
-    summary = summary.model_copy(update={"time": loop.times.summary()})  # now with the report
+    times = {"time": loop.times.summary(), "rank_seconds": loop.accounting.rank_seconds}
+    summary = summary.model_copy(update=times)  # now with the report
     save_summary(output, summary)
     return summary
 

@@ -272,7 +272,8 @@ class RunSummary(_Model):
         data: row counts by task and split.
         overfitting: by task.
         planned: None if the cost model does not describe the run.
-        time: seconds by phase.
+        time: seconds by phase, over all starts of the run.
+        rank_seconds: the same seconds, times the number of ranks of each start.
     """
 
     schema_version: int = 0
@@ -288,6 +289,7 @@ class RunSummary(_Model):
     load: Load = Load()
     planned: Planned | None = None
     time: dict[str, float] = {}
+    rank_seconds: float | None = None
     versions: dict[str, str] = {}
     world_size: int | None = None
     checkpoints: dict[str, object] = {}

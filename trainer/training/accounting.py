@@ -44,6 +44,20 @@ class Accounting:
         self.steps = self.gathered_bytes = self.exchanged_bytes = 0
         self.cpu_seconds = 0.0
         self._waited = 0.0
+        self._earlier = (0.0, 0.0)  # seconds and rank-seconds of earlier processes
+
+    def resume(self) -> None:
+        """Continue from the seconds of earlier processes in ``TrainingProgress``."""
+        seconds = sum(self._progress.phase_seconds.values())
+        self._times.add(self._progress.phase_seconds)
+        ranks = self._progress.rank_seconds or seconds * self._engine.world_size
+        self._earlier = seconds, ranks
+
+    @property
+    def rank_seconds(self) -> float:
+        """Seconds of the run so far, each times the number of its ranks."""
+        seconds, ranks = self._earlier
+        return ranks + (sum(self._times.seconds.values()) - seconds) * self._engine.world_size
 
     def start_step(self) -> None:
         """Begin to measure a step."""

@@ -192,6 +192,7 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that resuming needs except the state of the bank."""
         self.progress.phase_seconds = self.times.seconds
+        self.progress.rank_seconds = self.accounting.rank_seconds
         stopping = self.validator.stopping
         return {
             "progress": vars(self.progress),
@@ -202,7 +203,7 @@ class Loop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``."""
         vars(self.progress).update(vars(TrainingProgress(**state["progress"])))
-        self.times.add(self.progress.phase_seconds)
+        self.accounting.resume()
         for k, name in enumerate(self.bank.names):
             rule = self.validator.stopping[name]
             rule.load_state_dict(state["stopping"][name])

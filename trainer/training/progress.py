@@ -25,6 +25,8 @@ class TrainingProgress:
         unjudged: the last step is complete, but its validation and early stops are not.
         validations: number of steps after which prompts were validated.
         phase_seconds: of ``PhaseTimes``, over all processes of the run.
+        rank_seconds: these seconds times the number of ranks, which can differ between starts; 0 in
+            checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -41,6 +43,7 @@ class TrainingProgress:
     unjudged: bool = False
     validations: int = 0
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    rank_seconds: float = 0.0
 
     def end_step(self, names: Sequence[str], tokens: Sequence[int]) -> None:
         """Count a step, and the useful tokens that it read for each prompt."""
