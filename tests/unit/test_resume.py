@@ -142,6 +142,20 @@ def test_sending_may_take_longer_for_more_prompts(
     assert limits == [seconds]
 
 
+def test_a_stopped_run_has_time_to_end_the_runs_of_all_its_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else MLflow would show it as running until it is resumed."""
+    limits: list[float] = []
+    client = TrackingClient(write_inputs(tmp_path))
+    monkeypatch.setattr(client, "start", lambda: None)
+    monkeypatch.setattr(client, "finish", limits.append)
+    console = Console(io.StringIO(), io.StringIO())
+    with pytest.raises(KeyboardInterrupt), tracked_run(tmp_path, client, console):
+        raise KeyboardInterrupt
+    assert limits == [10.75]
+
+
 def earlier_run(output: Path) -> None:
     (output / "logs").mkdir(parents=True, exist_ok=True)
     for name in ("run.yaml", "tracking.json", "logs/system_metrics.jsonl", "logs/rank-0.log"):

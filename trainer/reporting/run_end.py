@@ -13,11 +13,13 @@ from trainer.runtime.redact import redact
 from trainer.tracking import TrackingClient
 
 #: Time limits of sending at the end: to a local store, which can be slow; to a server, which can be
-#: down; after a failure.
-LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS = 90.0, 20.0, 3.0
+#: down; after a failure; after a stop signal, when the state is saved.
+LOCAL_STORE_SECONDS, SERVER_SECONDS, FAILED_SECONDS, STOPPED_SECONDS = 90.0, 20.0, 3.0, 10.0
 #: Additional limit for each prompt: its run, files and model take about 20 requests. The sender of
 #: a server that is down or hangs ends earlier by itself.
 PROMPT_SECONDS = 2.0
+#: The same after a stop signal, when only the status of each prompt's run is left to send.
+PROMPT_STATUS_SECONDS = 0.25
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def tracked_run(output: Path, client: TrackingClient, console: Console) -> Itera
         client.finish(FAILED_SECONDS)
         raise
     except KeyboardInterrupt:  # the same command resumes the run
-        client.finish(FAILED_SECONDS)
+        client.finish(STOPPED_SECONDS + PROMPT_STATUS_SECONDS * client.num_prompts)
         raise
     else:
         finish_sending(client, console)
