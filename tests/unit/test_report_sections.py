@@ -285,6 +285,9 @@ def test_the_plan_stands_beside_what_was_measured(tmp_path, monkeypatch):
     hours = facts["rank-hours (CPU)"]
     assert (hours.value, hours.planned) == ("0.1", "0.05"), "two ranks"
     assert "planned 3.4 MB" in write_report(folder).read_text()
+    save_summary(folder, summary.model_copy(update=changes | {"rank_seconds": 720.0}))
+    hours = {fact.name: fact for fact in collect(folder).facts}["rank-hours (CPU)"]
+    assert hours.value == "0.2", "an earlier start had more ranks"
 
 
 class StackedCells(HTMLParser):

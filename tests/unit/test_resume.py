@@ -192,13 +192,19 @@ def test_a_requeued_job_archives_an_earlier_run_once(
     assert not was_archived(output)
 
 
-def test_a_run_with_other_settings_starts_new_curves(tmp_path: Path) -> None:
-    for settings, kept in ((config(), True), (config(training={"steps": 9}), False)):
-        earlier_run(tmp_path)
-        (tmp_path / "run.yaml").write_text(dump(config()))
-        forget_if_other(tmp_path, dump(settings))
-        assert (tmp_path / "tracking.json").exists() == kept
-        assert (tmp_path / "logs" / "system_metrics.jsonl").exists() == kept
+@pytest.mark.parametrize(
+    ("steps", "data", "kept"), [(8, "same", True), (9, "same", False), (8, "corrected", False)]
+)
+def test_a_run_with_other_settings_or_data_starts_new_curves(
+    tmp_path: Path, steps: int, data: str, kept: bool
+) -> None:
+    earlier_run(tmp_path)
+    (tmp_path / "run.yaml").write_text(dump(config()))
+    (tmp_path / "datasets.json").write_text("same")
+    settings = dump(config(training={"steps": steps}))
+    forget_if_other(tmp_path, {"run.yaml": settings, "datasets.json": data})
+    assert (tmp_path / "tracking.json").exists() == kept
+    assert (tmp_path / "logs" / "system_metrics.jsonl").exists() == kept
 
 
 def test_a_copy_starts_new_curves_while_the_original_exists(tmp_path: Path) -> None:

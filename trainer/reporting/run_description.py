@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import resource
 from collections.abc import Mapping
@@ -40,11 +41,13 @@ def describe_run(
     """Write ``run.yaml``, ``environment.json`` and ``datasets.json``.
 
     If the run ``begins``, that is, does not resume, it gets a new MLflow run unless an earlier run
-    in this folder had the same settings. A run that resumes in a copy of its folder gets one, too.
+    in this folder had the same settings and data. A run that resumes in a copy of its folder gets
+    one, too.
     """
     settings = redact(dump(config.model_copy(update={"base": portable(config.base)})))
+    sources = json.dumps([s for data in tasks.values() for s in data.sources], indent=2) + "\n"
     if begins:
-        forget_if_other(output, settings)
+        forget_if_other(output, {"run.yaml": settings, "datasets.json": sources})
     else:
         forget_if_copied(output)
     atomic_io.write(output / "run.yaml", settings)
@@ -61,16 +64,15 @@ def describe_run(
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     atomic_io.write_json(output / "environment.json", environment)
-    atomic_io.write_json(
-        output / "datasets.json", [s for data in tasks.values() for s in data.sources]
-    )
+    atomic_io.write(output / "datasets.json", sources)
 
 
-def forget_if_other(output: Path, settings: str) -> None:
-    """Forget the folder's MLflow run if ``run.yaml`` there differs from these settings."""
-    path = output / "run.yaml"
-    if path.exists() and path.read_text() != settings:
-        forget_tracking(output)
+def forget_if_other(output: Path, files: Mapping[str, str]) -> None:
+    """Forget the folder's MLflow run if a file there differs from these contents, by name."""
+    for name, content in files.items():
+        path = output / name
+        if path.exists() and path.read_text() != content:
+            forget_tracking(output)
 
 
 def forget_if_copied(output: Path) -> None:
