@@ -28,8 +28,10 @@ from trainer.evaluation.generation import generate
 from trainer.evaluation.scoring import Request, Scored
 from trainer.evaluation.stop_criteria import StopCriteria, before_stop, check_targets
 from trainer.model.checkpoint_files import open_base
+from trainer.model.families import context_length
 from trainer.model.generation_config import read_generation_config
 from trainer.packing.activation_memory import TokenBudget
+from trainer.prompts.soft_prompt import VirtualTokens
 from trainer.runtime.errors import BadInput
 
 ANSWERS = [
@@ -238,6 +240,20 @@ def test_generation_ends_at_a_stop_string(tmp_path, base):
         expected = [f"{a}." if stop[0] != ".\n\nQuestion" else a for a in ANSWERS]
         assert [text.strip() for text in answers.texts_R] == expected
         assert answers.scores["exact_match"] == float(expected[0] == "billing.")
+
+
+@pytest.mark.parametrize("num_virtual", [0, 4])
+def test_texts_end_at_the_context_of_the_base(family, num_virtual):
+    """GPT-2 has no positions beyond; rows that have ended wait for the others of their batch."""
+    base = load_unsharded(family("gpt2"), "int8")
+    context = context_length(base.model.config)
+    prompt = VirtualTokens(torch.randn(num_virtual, base.hidden_size)) if num_virtual else None
+    rows = [[3] * (context - num_virtual - 2), [4] * 5]
+    stop = StopCriteria(None, frozenset())
+    together = generate(OneRank(), base, stop, rows, prompt, 9)
+    assert [len(text.ids) for text in together] == [2, 9]
+    (alone,) = generate(OneRank(), base, stop, rows[1:], prompt, 9)
+    assert together[1].ids == alone.ids
 
 
 def test_a_batch_ends_when_all_rows_have_ended(base):

@@ -21,6 +21,7 @@ from trainer.distributed.deepspeed_engine import Engine
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.evaluation.token_sampling import Sampling, TokenChooser
 from trainer.model.decode_step import DecodeStep
+from trainer.model.families import context_length
 from trainer.model.prompted_model import PromptedBase
 from trainer.prompts.soft_prompt import SoftPrompt
 
@@ -55,7 +56,9 @@ def generate(
     around: Callable[[Sequence[int]], AbstractContextManager[object]] = lambda rows: nullcontext(),
     samplings: Sequence[Sequence[Sampling]] = (),
 ) -> list[Generated]:
-    """Generate the tokens after each input, up to the first end token; a collective.
+    """Generate the tokens after each input, up to the first end token or the end of the context.
+
+    A collective.
 
     Texts are split over the ranks. A rank that has finished continues in lockstep with the others,
     because every forward all-gathers layers from all of them. An input with several texts in a
@@ -151,9 +154,11 @@ def _decode(
     num_virtual = 0 if virtual_tokens is None else virtual_tokens.num_virtual_tokens
     token_ids, mask = _left_padded(rows, num_virtual, engine.device)
     prompts = [] if virtual_tokens is None else [virtual_tokens]
+    context = context_length(base.model.config) - num_virtual
+    rooms = [min(max_new_tokens, max(1, context - len(rows[row]))) for row, _ in texts]
     choosers = [
-        TokenChooser(base.model, rows[row], max_new_tokens, sampling, engine.device)
-        for row, sampling in texts
+        TokenChooser(base.model, rows[row], room, sampling, engine.device)
+        for (row, sampling), room in zip(texts, rooms, strict=True)
     ]
 
     cache = base.new_cache()
@@ -175,7 +180,11 @@ def _decode(
         for text in unfinished:
             generated[text].append(tokens[text])
             log_probabilities[text] += added[text]
-        unfinished = [text for text in unfinished if not stop.is_completed(generated[text])]
+        unfinished = [
+            text
+            for text in unfinished
+            if len(generated[text]) < rooms[text] and not stop.is_completed(generated[text])
+        ]
         if not engine.any_rank(bool(unfinished)):
             break
         token_ids = next_B[:, None]

@@ -21,7 +21,7 @@ from trainer.model.attention.interface import make_layout, with_flex, with_past
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.decode_step import DecodeStep, insert_prompts
-from trainer.model.families import family_of
+from trainer.model.families import context_length, family_of
 from trainer.model.layers.lm_head import LabelLosses
 from trainer.model.per_layer_inputs import id_rules, ids_with_padding, look_up
 from trainer.packing.packed_batch import PackedBatch
@@ -78,6 +78,7 @@ class PromptedBase(nn.Module):
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
         self._padding = id_rules(model.config).padding
+        self._last_position = context_length(model.config) - 1
         parameters = inspect.signature(model.base_model.forward).parameters
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in parameters), "")
 
@@ -188,7 +189,8 @@ class PromptedBase(nn.Module):
     def _next_logits(self, step: DecodeStep, virtual_tokens: Sequence[SoftPrompt]) -> Tensor:
         words_BLH = self._embed(step.token_ids_BL)
         words_BLH, ids_BL = insert_prompts(step, virtual_tokens, words_BLH, self._padding)
-        positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(min=0)
+        # Rows that have ended wait for the others of their batch, and may exceed the context.
+        positions_BT = (step.attention_mask_BT.cumsum(1) - 1).clamp(0, self._last_position)
         inputs: dict[str, Any] = {
             "inputs_embeds": words_BLH,
             "attention_mask": step.attention_mask_BT,
