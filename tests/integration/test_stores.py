@@ -261,6 +261,20 @@ def test_runs_that_are_deleted_in_mlflow_during_training_are_created_again(
     assert {"run.yaml", "summary.json"} <= files
 
 
+def test_a_run_that_resumes_in_a_moved_folder_shows_its_new_place(
+    tmp_path: Path, store: str
+) -> None:
+    folder, moved = write_inputs(tmp_path / "run"), tmp_path / "moved"
+    target = resolve(folder)
+    with target.applied():
+        Pusher(folder, target).push(running=True)
+        folder.rename(moved)
+        Pusher(moved, target).push(running=True)
+    parent, prompts = runs(store)
+    places = {run.data.tags["output_dir"] for run in (parent, *prompts.values())}
+    assert places == {str(moved)}
+
+
 def test_long_names_and_values_fit_into_every_database(tmp_path: Path, store: str) -> None:
     """Other databases than SQLite refuse longer ones, and then the run is not sent at all."""
     folder = write_inputs(tmp_path / ("f" * 245))

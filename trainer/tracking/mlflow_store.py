@@ -42,7 +42,7 @@ PAGE = (
     "#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
     "&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
 )
-IDENTITY, PARENT = "promptshard.output_id", "mlflow.parentRunId"
+IDENTITY, PARENT, PLACE = "promptshard.output_id", "mlflow.parentRunId", "output_dir"
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one batch
 MAX_RUN_NAME = 250  # of MLflow's databases; those other than SQLite refuse longer names
 #: After a call that took longer and failed, other files and models wait for the next round.
@@ -65,6 +65,7 @@ class MlflowStore:
         self.run_ids: dict[str | None, str] = {}  #: prompt -> run id; None: the parent
         self.last_steps: dict[str, dict[str, int]] = {}  #: run id -> metric -> step
         self.experiment_id = ""
+        self._place = folder.tags()[PLACE]
         self.is_new = False  #: ``attach`` has created runs: the store lacks all their data
 
     def attach(self, progress: StoreProgress, *, running: bool) -> None:
@@ -203,6 +204,8 @@ class MlflowStore:
         self.last_steps[run_id] = {metric.key: metric.step for metric in run.data._metric_objs}
         if running and run.info.status != "RUNNING":
             self.client.update_run(run_id, status="RUNNING")
+        if running and run.data.tags.get(PLACE) != self._place:  # the folder was moved
+            self.client.set_tag(run_id, PLACE, self._place)
         self._log_params(run_id, params, run.data.params)
         if datasets and not (run.inputs and run.inputs.dataset_inputs):
             self._log_datasets(run_id, datasets)
