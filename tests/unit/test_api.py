@@ -120,7 +120,7 @@ def test_predictions_equal_those_of_an_evaluation(run: Run, base: InferenceBase,
     assert values is not None
     given = read_rows(ROWS, prompt.task)
     assert isinstance(given.rows, RowDataset)
-    rows = encode_rows(base.files, base.config, given, ["front"], None)["front"]
+    rows = encode_rows(base.files, base.config.prompts, given, ["front"], None)["front"]
     (scored,) = base.evaluator.score([Request(rows, 0)], [values])
     columns = scored_columns(rows, scored)
     made = base.score(ROWS, name)
@@ -242,6 +242,17 @@ def test_a_chat_ends_with_the_error_of_its_decoder(
         ours.socket.shutdown(socket.SHUT_RDWR)
         with pytest.raises(MemoryError, match="of the GPU"):
             ran.result(20)
+
+
+def test_a_prompt_of_another_run_leaves_less_room_for_rows(run: Run, base: InferenceBase) -> None:
+    long = replace(
+        run.prompts["long"],
+        settings=run.prompts["long"].settings.model_copy(update={"num_virtual_tokens": 100}),
+    )
+    rows = [{"text": "x " * 440}]
+    assert len(base.score(rows, "long")) == 1
+    with pytest.raises(BadInput, match="412 fit"):
+        base.score(rows, long)
 
 
 def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) -> None:

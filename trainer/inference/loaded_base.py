@@ -222,10 +222,13 @@ class InferenceBase:
             BadInput: with the problems of all rows, or a name is not known.
         """
         own, values, placement = self._chosen(prompt, task)
+        prompts, chosen = list(self.config.prompts), self.prompt(prompt)
+        if chosen is not None:  # may be of another run
+            prompts.append(chosen.settings.model_copy(update={"task": own.name}))
         self._check_open()
         given = self.engine.run_on_all(lambda: read_rows(rows, own, use_targets=use_targets))
         sets = self.engine.run_on_all(
-            lambda: encode_rows(self.files, self.config, given, [placement], self.date)
+            lambda: encode_rows(self.files, prompts, given, [placement], self.date)
         )
         encoded = sets[placement]
         request = Request(encoded, None if values is None else 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.config import RunConfig, Task
+from trainer.config import Prompt, Task
 from trainer.data.column_parsers import split_labels
 from trainer.data.dataset import gold_choices
 from trainer.data.task_data import Candidates, EvalSet, row_room
@@ -59,7 +59,7 @@ class Prediction:
 
 def encode_rows(
     files: BaseFiles,
-    config: RunConfig,
+    prompts: Sequence[Prompt],
     given: InputRows,
     positions: Collection[str],
     date: datetime.date | None,
@@ -67,11 +67,14 @@ def encode_rows(
 ) -> dict[str, EvalSet]:
     """Tokenize rows for each ``Prompt.placement``; rows have the length limit of training.
 
+    Args:
+        prompts: of the run; the longest one of the rows' task leaves room in the context.
+
     Raises:
         BadInput: rows are too long and the task refuses them, or have no tokens.
     """
     task = given.task
-    of_task = [prompt for prompt in config.prompts if prompt.task == task.name]
+    of_task = [prompt for prompt in prompts if prompt.task == task.name]
     room = row_room(task, of_task, {}, files.context_length)
     by_choice = task.scored_by_likelihood
     width = len(task.choices or []) if by_choice else 1

@@ -74,7 +74,9 @@ def encode(base: OpenedBase | InferenceBase, plan: PredictionPlan, console: Cons
     encoded: dict[tuple[str, str], EvalSet] = {}
     for name, given in plan.rows.items():
         positions = {prompt.placement for prompt in plan.prompts if prompt.task.name == name}
-        sets = encode_rows(base.files, base.config, given, positions, base.date, console.working)
+        sets = encode_rows(
+            base.files, base.config.prompts, given, positions, base.date, console.working
+        )
         encoded |= {(name, position): rows for position, rows in sets.items()}
     return encoded
 
