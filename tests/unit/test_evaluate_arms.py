@@ -272,6 +272,14 @@ def test_adapters_equal_peft(
     assert_scores(records["no_prompt"], plain)
 
 
+def test_an_adapter_whose_virtual_tokens_leave_no_room_is_refused(tmp_path: Path) -> None:
+    builder, _ = builder_of(tmp_path, make_run(tmp_path))
+    adapter = PromptAdapter("long", tmp_path / "long", 1)
+    builder.sizes, builder.prompt_adapters = [PROMPT_TOKENS, 505], [(1, adapter)]
+    with pytest.raises(BadInput, match="after its 505 virtual tokens, 7 tokens fit"):
+        builder.build()
+
+
 def test_an_interrupted_evaluation_continues_after_the_last_complete_record(
     tmp_path: Path, base: PromptedBase
 ) -> None:

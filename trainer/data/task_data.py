@@ -101,6 +101,13 @@ class EvalSet:
         return int(self.candidates.table.lengths[self._first_examples].sum())
 
     @cached_property
+    def longest(self) -> int:
+        """Largest number of tokens of a row, with any candidate."""
+        kept, width = np.asarray(self.candidates.kept, np.int64), self.candidates.width
+        examples = kept[:, None] * width + np.arange(width)
+        return int(self.candidates.table.lengths[examples].max(initial=0))
+
+    @cached_property
     def num_shared(self) -> int:
         """Number of leading tokens that all rows have in common, such as a hard prompt."""
         if self.candidates.teacher is not None:

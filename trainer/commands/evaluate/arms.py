@@ -282,6 +282,14 @@ class ArmBuilder:
         rows, task = self.plain, self.task.name
         arms = []
         for index, adapter in self.prompt_adapters:
+            room = self.encoder.context_length - self.sizes[index]
+            if rows.longest > room:
+                raise BadInput(
+                    f"--adapter: {adapter.folder}: after its {self.sizes[index]} virtual tokens, "
+                    f"{max(0, room)} tokens fit in the context of the base, and a row of task "
+                    f"{task!r} has {rows.longest}; evaluate shorter rows with --data, or leave the "
+                    "adapter out"
+                )
             arm = Arm(task, adapter.name, "adapter", rows, prompt=index)
             arms.append(replace(arm, virtual_tokens=self.sizes[index], num_bytes=adapter.num_bytes))
         for index, weights in self.weight_adapters:
