@@ -31,7 +31,7 @@ from launch.exit_report import REFUSED, VERDICT, ExitReport, describe
 from launch.run_logs import last_error, rank_log
 from trainer.checkpointing.run_lock import Holder
 from trainer.distributed.watchdog import LOST, read_lost
-from trainer.runtime import bootstrap
+from trainer.runtime import bootstrap, stop_signals
 from trainer.runtime.errors import EXIT_BAD_INPUT, BadInput
 from trainer.runtime.process import UNFINISHED, ending_signal, process_start
 from trainer.runtime.stdio import VARIABLE as STDOUT_FD_VARIABLE
@@ -164,7 +164,8 @@ def run_local(
         grace_seconds: time after a stop signal until ranks that do not stop are killed.
         first_rank: global index of this machine's first rank.
     """
-    (log.parent / LOST).unlink(missing_ok=True)
+    for name in (LOST, stop_signals.FILE) if module == TRAINER else (LOST,):
+        (log.parent / name).unlink(missing_ok=True)  # of an earlier start
     unfinished = log.absolute().with_suffix(".unfinished")
     environment = {**environment, STDOUT_FD_VARIABLE: "0"}
     if first_rank == 0:

@@ -565,10 +565,12 @@ def test_a_killed_single_rank_is_named(tmp_path):
     )
     environment["PYTHONPATH"] = str(tmp_path)
     log = tmp_path / "logs" / "launcher.log"
+    (tmp_path / "logs" / "stopped.txt").write_text("of an earlier start")
     report = launcher_process.run_local(command, environment, log, "trainer", 1)
     assert report.code == 1
     assert "rank 0 (process" in report.message
     assert "SIGKILL" in report.message
+    assert not (tmp_path / "logs" / "stopped.txt").exists(), "status would not show the failure"
 
 
 class _Clock:
