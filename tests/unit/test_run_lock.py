@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -219,6 +221,30 @@ def test_a_heartbeat_touches_the_file(tmp_path: Path, monkeypatch: pytest.Monkey
     os.utime(tmp_path / LOCK, (1e9, 1e9))
     while (tmp_path / LOCK).stat().st_mtime < 1.1e9:
         held.check()
+    held.release()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), BadInput("not readable")])
+def test_heartbeats_continue_when_the_file_was_not_readable_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """For example because a Kerberos ticket had to be renewed."""
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.02)
+    held = acquire(tmp_path, quiet)
+    read, failed = run_lock._read, threading.Event()
+
+    def unreadable(path: Path) -> object:
+        failed.set()
+        raise error
+
+    monkeypatch.setattr(run_lock, "_read", unreadable)
+    assert failed.wait(10)
+    monkeypatch.setattr(run_lock, "_read", read)
+    os.utime(tmp_path / LOCK, (1e9, 1e9))
+    deadline = time.monotonic() + 10
+    while (tmp_path / LOCK).stat().st_mtime < 1.1e9:
+        assert time.monotonic() < deadline, "no heartbeat"
+        time.sleep(0.01)
     held.release()
 
 

@@ -157,7 +157,7 @@ class Lock:
         """Stop the heartbeat and delete the lock file if it is still this process's."""
         self._done.set()
         self._thread.join(BEAT_SECONDS)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, BadInput):
             if self._is_ours(_read(self.path)):
                 self.path.unlink()
 
@@ -176,7 +176,7 @@ class Lock:
 
     def _run(self) -> None:
         while not self._done.wait(BEAT_SECONDS) and self._lost is None:
-            with contextlib.suppress(OSError):  # retried by the next heartbeat
+            with contextlib.suppress(OSError, BadInput):  # retried by the next heartbeat
                 self.beat()
 
     def _is_ours(self, file: _LockFile | None) -> bool:
