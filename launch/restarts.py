@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from launch import messages
 from launch.exit_report import ExitReport
-from trainer.checkpointing.checkpoint_names import CHECKPOINTS, newest_checkpoint
+from trainer.checkpointing.checkpoint_names import CHECKPOINTS, checkpoint_names, newest_checkpoint
 from trainer.runtime.errors import EXIT_FAILURE
 from trainer.tracking.metrics_log import METRICS_FILE, read_lines
 
@@ -24,7 +23,7 @@ def run(
     Args:
         attempt: starts the run; its argument: archive an earlier run in ``output`` first.
     """
-    started_at = time.time()
+    earlier = _checkpoints(output)
     previous: tuple[str | None, int] | None = None
     for left in range(limit, -1, -1):
         report = attempt(fresh)
@@ -40,8 +39,7 @@ def run(
             return ExitReport(report.code, message)
         previous = progress
         # If the failed run has not yet archived the earlier run, the next attempt must do so.
-        checkpoint = output / CHECKPOINTS / newest if newest else None
-        fresh = fresh and not (checkpoint and checkpoint.stat().st_mtime >= started_at)
+        fresh = fresh and _checkpoints(output) == earlier
         if report.message:
             messages.failure(report.message)
         continues = f"resumes from {newest}" if newest and not fresh else "starts over"
@@ -49,6 +47,12 @@ def run(
             f"failed at step {step}; restart {limit - left + 1} of {limit}: the run {continues}"
         )
     raise AssertionError("the last attempt returns")
+
+
+def _checkpoints(output: Path) -> dict[str, int]:
+    """Return the time of each checkpoint, by the clock of the file system."""
+    names = checkpoint_names(output)
+    return {name: (output / CHECKPOINTS / name).stat().st_mtime_ns for name in names}
 
 
 def _last_step(output: Path) -> int:
