@@ -459,6 +459,10 @@ def test_fields_without_effect_are_accepted_as_clients_send_them() -> None:
         ([{"role": "robot", "content": "x"}], "role"),
         ([{"role": "user"}], "content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "content"),
+        (
+            [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, MESSAGE],
+            "messages.0.tool_calls: is not supported; leave it out",
+        ),
     ],
 )
 def test_wrong_dialogues_are_refused(server: Running, messages: Any, words: str) -> None:

@@ -68,6 +68,13 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+def _empty(value: Any) -> Any:
+    """Refuse a field that would change the answer."""
+    if value:
+        raise ValueError("is not supported; leave it out")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_without_surrogates)]
 StopString = Annotated[
     str,
@@ -155,6 +162,8 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_parts)]
+    tool_calls: Annotated[Any, AfterValidator(_empty)] = None
+    function_call: Annotated[Any, AfterValidator(_empty)] = None
 
     def turn(self) -> dict[str, str]:
         """Return the turn as chat templates read it."""
