@@ -16,7 +16,7 @@ from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE
 from trainer.runtime.redact import printable
 
 #: srun --wait: time for the other nodes after one has ended. After a success they end together
-#: (``Ranks.close``); after a failure the others may still save.
+#: (``Ranks.wait_for_main``); after a failure the others may still save.
 WAIT_SECONDS = 300
 #: The signal is repeated, because a task that is still starting ignores it.
 REPEAT_SECONDS = 10

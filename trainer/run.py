@@ -96,6 +96,7 @@ def train(config: RunConfig, console: Console, *, fresh: bool, command: str) -> 
     except Stopped:
         engine.any_rank(False)  # a barrier: the launcher ends all ranks once one exits
         raise
+    engine.wait_for_main()
     engine.close()
 
 

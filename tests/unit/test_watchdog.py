@@ -131,8 +131,12 @@ def test_ranks_that_are_done_wait_for_rank_0(ranks):
     run, ended = ranks(count=2), threading.Event()
     ended_rank = collectives.Ranks(1, 2, 0, torch.device("cpu"), 60)
     ended_rank._watchdog = run.dogs[1]
-    thread = threading.Thread(target=lambda: (ended_rank.close(), ended.set()), daemon=True)
-    thread.start()
+
+    def wait() -> None:
+        ended_rank.wait_for_main()
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     assert not ended.wait(20 * BEAT)
     run.dogs[0].stop()
     assert ended.wait(10)
@@ -142,7 +146,6 @@ def test_ranks_that_are_done_wait_for_rank_0(ranks):
 def test_ranks_that_are_done_do_not_wait_for_ever(ranks, how):
     run = ranks(count=2, timeout=0.1)
     run.store.gone = how == "killed"
-    run.dogs[1].stop()
     run.dogs[1].wait_for_rank_0()
 
 

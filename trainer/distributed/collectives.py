@@ -185,14 +185,18 @@ class Ranks:
             pass
         return self.run_on_all(outcome.result)
 
-    def close(self) -> None:
-        """End the work with the other ranks. Ranks other than 0 first wait for rank 0.
+    def wait_for_main(self) -> None:
+        """Wait on the other ranks until rank 0 has called ``close`` or ended.
 
         Rank 0 may write results for minutes, and srun kills it some time after the first task of
-        another node has ended (``WAIT_SECONDS`` of ``launch/slurm.py``).
+        another node has ended (``WAIT_SECONDS`` of ``launch/slurm.py``). Not part of ``close``,
+        which is also called after an error, when rank 0 may be waiting for this rank.
         """
         if self._watchdog is not None:
-            self._watchdog.stop()
             self._watchdog.wait_for_rank_0()
+
+    def close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
