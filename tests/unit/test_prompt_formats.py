@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -427,6 +428,18 @@ def test_keys_and_values(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="has keys and values for every layer"):
             export(run, tmp_path / target, target)
     assert not {path.name for path in tmp_path.iterdir()} & set(TARGET_NAMES) - {"npz"}
+
+
+def test_texts_end_at_the_stop_strings_of_task_and_base(tmp_path: Path) -> None:
+    """As with ``promptshard generate``; other programs do not read those of the base."""
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stop_strings": ["END"]}))
+    run = write_run(tmp_path / "run", base=base)
+    own = run_files.load_output(run).tasks[0].stop
+    export(run, tmp_path / "out", "vllm")
+    assert json.loads((tmp_path / "out" / "prompt.json").read_text())["stop"] == [*own, "END"]
 
 
 def test_bad_input_is_explained(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from trainer.config import Prompt, RunConfig, Task, load_output, split_template
 from trainer.data.tokenization.chat_template import dated_template, read_chat_date
 from trainer.data.tokenization.tokenize import encode_request
+from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.model.base_tokenizer import BaseTokenizer, open_tokenizer
 from trainer.model.checkpoint_files import portable_name
 from trainer.model.embedding_table import find_embedding_table
@@ -115,7 +116,7 @@ def _collect(
         request=_request_settings(task, prompt),
         chat_template=_chat_template(config, task, run_dir, opened),
         max_new_tokens=task.max_new_tokens,
-        stop=tuple(task.stop),
+        stop=StopCriteria.of(opened.generation, opened.tokenizer, task).strings,
         peft_type=peft_type,
         metadata={
             "task": task.name,
