@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 
+# MLflow would report its use, and set the second variable, which processes of tests inherit.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.pop("_MLFLOW_TELEMETRY_SESSION_ID", None)
+
 TESTS = Path(__file__).parent
 FOLDERS = ("unit", "distributed", "faults", "gpu", "hosts", "slurm")
 CLUSTERS = ("tests/hosts/", "tests/slurm/")
