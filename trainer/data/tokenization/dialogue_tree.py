@@ -51,7 +51,7 @@ def join_turns(trunk: list[int], turns: Turns) -> Dialogue:
     """Join the dialogues up to each turn, so that their common tokens occur once."""
     turns = [turn for turn in turns if turn.start < turn.stop]
     place = turns[-1].prompt_at if turns else 0
-    merged, omits = (any(flags) for flags in ([t.merged for t in turns], [t.omits for t in turns]))
+    merged, omits = any(turn.merged for turn in turns), any(turn.omits for turn in turns)
     longest = len(trunk)
     ids, spans, branches, branch_ids = list(trunk), Spans(), Spans(), trunk
     texts = [(trunk, *divide(trunk, turns))]
