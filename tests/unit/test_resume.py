@@ -405,12 +405,12 @@ def test_a_full_disk_at_the_end_names_the_file_and_the_remedy(tmp_path: Path) ->
         fill(tmp_path / "summary.json")
     text = str(failed.value)
     assert text.startswith(f"{tmp_path}/summary.json: cannot be written (No space left on device)")
-    assert "the newest checkpoint is step-00000009: free space" in text
-    assert "Rerun the command to resume and write the results" in text
+    assert "Training is complete. The newest checkpoint is step-00000009. Free space" in text
+    assert text.endswith("Rerun the command to resume and write the results")
     (tmp_path / "checkpoints" / "step-00000009").rmdir()
     with pytest.raises(ResultsNotWritten) as failed, results_can_be_written_later(tmp_path):
         fill(tmp_path / "summary.json")
-    assert "there is no checkpoint: free space" in str(failed.value)
+    assert "Training is complete, but no checkpoint was saved. Free space" in str(failed.value)
     assert str(failed.value).endswith("Rerun the command to train again")
 
 

@@ -154,10 +154,10 @@ def results_can_be_written_later(output: Path) -> Iterator[None]:
     except OSError as error:
         newest = newest_checkpoint(output)
         if newest:
-            saved, then = f"and the newest checkpoint is {newest}", "resume and write the results"
+            saved, then = f". The newest checkpoint is {newest}", "resume and write the results"
         else:
-            saved, then = "but there is no checkpoint", "train again"
+            saved, then = ", but no checkpoint was saved", "train again"
         raise ResultsNotWritten(
             f"{error.filename or output}: cannot be written ({error.strerror or error}). Training "
-            f"is complete, {saved}: free space or make the file writable. {rerun()} to {then}"
+            f"is complete{saved}. Free space or make the file writable. {rerun()} to {then}"
         ) from error

@@ -17,7 +17,8 @@ from trainer.config.types import (
 )
 
 LOWER_IS_BETTER = frozenset({"loss"})
-#: Default column of the tools that a dialogue may call, as in TRL.
+#: Default columns that rows may lack: of the tools that a dialogue may call, as in TRL; of the mask
+#: of token ids, as in transformers.
 DEFAULT_TOOLS, DEFAULT_MASK = "tools", "attention_mask"
 #: Arguments of transformers' ``apply_chat_template``, and variables that it sets.
 _TEMPLATE_ARGUMENTS = frozenset(

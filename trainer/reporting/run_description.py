@@ -69,10 +69,9 @@ def describe_run(
 
 def forget_if_other(output: Path, files: Mapping[str, str]) -> None:
     """Forget the folder's MLflow run if a file there differs from these contents, by name."""
-    for name, content in files.items():
-        path = output / name
-        if path.exists() and path.read_text() != content:
-            forget_tracking(output)
+    before = {name: output / name for name in files if (output / name).exists()}
+    if any(path.read_text() != files[name] for name, path in before.items()):
+        forget_tracking(output)
 
 
 def forget_if_copied(output: Path) -> None:

@@ -50,11 +50,11 @@ class TokenizationReport:
 
     def add_merged(self, row: int) -> None:
         self.merged += 1
-        self.first_merged = row if self.first_merged < 0 else self.first_merged
+        self.first_merged = _first(self.first_merged, row)
 
     def add_omitting(self, row: int) -> None:
         self.omitting += 1
-        self.first_omitting = row if self.first_omitting < 0 else self.first_omitting
+        self.first_omitting = _first(self.first_omitting, row)
 
     def add_problem(self, row: int, text: str, rows: int = 1) -> None:
         """Count a problem of ``rows`` rows, the first of which is number ``row``."""
@@ -71,13 +71,17 @@ class TokenizationReport:
         self.merged += other.merged
         self.omitting += other.omitting
         self.branched += other.branched
-        self.first_merged = other.first_merged if self.first_merged < 0 else self.first_merged
-        if self.first_omitting < 0:
-            self.first_omitting = other.first_omitting
+        self.first_merged = _first(self.first_merged, other.first_merged)
+        self.first_omitting = _first(self.first_omitting, other.first_omitting)
         invalid = self.invalid + other.invalid
         for text, (row, rows) in other.problems.items():
             self.add_problem(row, text, rows)
         self.invalid = invalid
+
+
+def _first(row: int, later: int) -> int:
+    """Return the first of two rows; -1 stands for no row."""
+    return later if row < 0 else row
 
 
 class RowTokenizer(ABC):
