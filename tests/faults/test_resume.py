@@ -25,8 +25,10 @@ from tests.unit.run_folder import save_checkpoint
 from tests.unit.test_checkpoint import flip_a_bit, truncate
 from trainer.checkpointing import checkpoint
 from trainer.checkpointing.run_lock import LOCK, acquire
+from trainer.runtime.errors import EXIT_BAD_INPUT
 from trainer.tracking import MetricsLog, TrackingClient
 from trainer.tracking.metrics_callback import MetricsCallback
+from trainer.tracking.progress_file import ProgressFile
 from trainer.training.callbacks import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +155,28 @@ def test_the_lock_of_the_killed_run_is_taken_over_and_released(runs: Runs, kille
     assert "was taken over from process" in killed.stdout
     assert "that process is gone" in killed.stdout
     assert not (runs.folder / "killed" / LOCK).exists()
+
+
+def test_a_copy_of_the_killed_run_gets_an_mlflow_run_of_its_own(runs: Runs, killed: Any) -> None:
+    source, output = runs.folder / "killed", runs.folder / "copied"
+    left_out = shutil.ignore_patterns(f"step-{STEPS:08d}", "summary.json")
+    shutil.copytree(source, output, ignore=left_out)
+    before = ProgressFile(source).output_id
+    assert ProgressFile(output).output_id == before
+    done = runs.start("copied")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ProgressFile(source).output_id == before
+    assert ProgressFile(output).output_id != before
+
+
+def test_a_finished_run_without_checkpoints_refuses_other_settings(runs: Runs) -> None:
+    shutil.copytree(
+        runs.folder / "whole", runs.folder / "pruned", ignore=shutil.ignore_patterns("step-*")
+    )
+    done = runs.start("pruned", "training.steps=9")
+    assert done.returncode == EXIT_BAD_INPUT, done.stdout + done.stderr
+    assert "started with" in done.stderr
+    assert runs.start("pruned").returncode == 0
 
 
 def test_curves_of_the_killed_run_have_no_gaps_or_duplicates(runs: Runs, killed: Any) -> None:
