@@ -14,7 +14,7 @@ from tests.unit.test_launch import RUN
 ROOT = Path(__file__).resolve().parents[2]
 #: The program of a rank, with a signal in place of its work.
 RANK = """
-import ctypes, os, signal, sys, threading, types
+import ctypes, os, signal, sys, threading, time, types
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 def blocked():
@@ -43,7 +43,16 @@ def stop(*args, **kwargs):
         raise
 if sys.argv[1] == "train":
     sys.modules["trainer.run"] = types.SimpleNamespace(train=stop)
+    import trainer.__main__
     from trainer.__main__ import main
+    if sys.argv[4:] == ["slow"]:
+        from trainer.runtime import stop_signals
+        stop_signals.BLOCKED_SECONDS, stop_signals.LOST_SECONDS = 0.1, 0.2
+        def slow(output):
+            with open(sys.argv[2] + "/asked", "a") as file:
+                file.write("once ")
+            time.sleep(1)
+        trainer.__main__.newest_checkpoint = slow
     sys.exit(main([sys.argv[2] + "/run.yaml", *(a for a in sys.argv[4:] if a == "--fresh")]))
 from trainer.commands import generate
 generate._generate = stop
@@ -115,6 +124,12 @@ def test_a_lost_interrupt_ends_a_rank_that_waits_in_c_code(tmp_path: Path) -> No
     done = stopped_rank(tmp_path, "train", "SIGTERM", "lost")
     assert done.returncode == 75, done.stderr
     assert done.stderr == f"{RESTARTED}\n"
+
+
+def test_a_rank_that_is_ending_is_not_ended_a_second_time(tmp_path: Path) -> None:
+    done = stopped_rank(tmp_path, "train", "SIGTERM", "slow")
+    assert (done.returncode, done.stderr) == (75, f"{RESTARTED}\n")
+    assert (tmp_path / "asked").read_text() == "once "
 
 
 def stopped_rank(
