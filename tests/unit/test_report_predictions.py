@@ -106,6 +106,7 @@ def test_the_page_shows_them_escaped_and_mlflow_gets_the_files(tmp_path):
     write(folder, "gone", [])
     for baseline in ("triage/majority", "triage/no_prompt", "animals/no_prompt"):
         write(folder, f"baselines/{baseline}", [])
+    write(folder, "evaluation/triage/majority", [])
     html = write_report(folder).read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
@@ -119,6 +120,10 @@ def test_the_page_shows_them_escaped_and_mlflow_gets_the_files(tmp_path):
     assert artifacts == {
         ("triage", "predictions", "triage.jsonl"),
         (None, "predictions/baselines/triage", "majority.jsonl"),
+        (
+            *(None, "predictions/evaluation/triage"),
+            "predictions/evaluation/triage/majority.jsonl",
+        ),
         *(
             (None, folder, f"{folder}/no_prompt.jsonl")
             for folder in ("predictions/baselines/animals", "predictions/baselines/triage")

@@ -146,8 +146,9 @@ class RunMetadata(RunFiles):
             relative = path.relative_to(self.path)
             prompt = path.stem if len(relative.parts) == 2 else None
             if self.file(relative.as_posix()) and (prompt is None or prompt in names):
-                # Baselines of two tasks can have the same name.
-                is_unique = prompt is not None or baselines[path.name] == 1
+                # Baselines of two tasks can have the same name, and so can arms of an evaluation.
+                is_baseline = path.parent.parent.name == BASELINES
+                is_unique = prompt is not None or (is_baseline and baselines[path.name] == 1)
                 text = path.name if is_unique else relative.as_posix()
                 artifacts.append(Artifact(prompt, path, relative.parent.as_posix(), text))
         artifacts += self._tables(names)
