@@ -107,6 +107,7 @@ def test_changes_of_texts() -> None:
     text = "It's 3.5 km, isn't it? (Yes.) A well-known distance"
     assert lower_case(text) == text.lower()
     assert no_punctuation(text) == "It's 3.5 km isn't it Yes A well-known distance"
+    assert no_punctuation("?!") == "?!", "the base would have nothing to read"
     changed = typos("the quick brown foxes jumped over lazy sleeping animals " * 5)
     assert changed == typos("the quick brown foxes jumped over lazy sleeping animals " * 5)
     before = ("the quick brown foxes jumped over lazy sleeping animals " * 5).split()

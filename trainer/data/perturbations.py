@@ -20,14 +20,18 @@ def lower_case(text: str) -> str:
 
 
 def no_punctuation(text: str) -> str:
-    """Remove punctuation (Unicode category P) except between two letters or digits."""
+    """Remove punctuation (Unicode category P) except between two letters or digits.
+
+    A text of punctuation alone is not changed: without it, the base would have nothing to read.
+    """
     kept = [
         character
         for i, character in enumerate(text)
         if not unicodedata.category(character).startswith("P")
         or (text[i - 1 : i].isalnum() and text[i + 1 : i + 2].isalnum())
     ]
-    return "".join(kept)
+    changed = "".join(kept)
+    return changed if changed.strip() else text
 
 
 def typos(text: str) -> str:
