@@ -23,7 +23,13 @@ from trainer.evaluation import metrics
 from trainer.evaluation.baseline_cache import BaselineCache
 from trainer.evaluation.generation import Generated, generate
 from trainer.evaluation.pass_at_k import TOP_P, Samples
-from trainer.evaluation.scoring import Request, Scored, candidate_rows, distilled_rows
+from trainer.evaluation.scoring import (
+    Request,
+    Scored,
+    candidate_rows,
+    comparable_choices,
+    distilled_rows,
+)
 from trainer.evaluation.statistics import ratio_scores
 from trainer.evaluation.stop_criteria import StopCriteria
 from trainer.evaluation.token_sampling import Sampling
@@ -243,7 +249,7 @@ class Evaluator:
         result = ratio_scores("loss", nll_R, rows.label_counts)
         if task.scored_by_likelihood:
             nll_RC = exclusive(nll_RC, rows.candidates)
-            result |= metrics.choice_scores(nll_RC.argmin(1).tolist(), rows.gold)
+            result |= metrics.choice_scores(comparable_choices(nll_RC), rows.gold)
         if task.metric in ("accuracy", "loss"):
             return Scored(result, nll_RC, nll_R)
         prompt = None if request.prompt is None else virtual_tokens[request.prompt]

@@ -25,7 +25,7 @@ from trainer.evaluation.prediction_files import (
     path_of,
     step_of,
 )
-from trainer.evaluation.scoring import Scored
+from trainer.evaluation.scoring import Scored, comparable_choices
 from trainer.runtime import atomic_io
 
 #: Values of every row, by field; some long fields have only the first ``MAX_TEXTS`` rows.
@@ -105,7 +105,8 @@ def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
         choices = task.choices or []
         columns["target"] = [choices[right] for right in rows.gold]
         columns["prediction"] = [choices[likeliest] for likeliest in scored.predicted]
-        columns["correct"] = [a == b for a, b in zip(scored.predicted, rows.gold, strict=True)]
+        comparable = comparable_choices(scored.nll_RC)
+        columns["correct"] = [a == b for a, b in zip(comparable, rows.gold, strict=True)]
         log_likelihoods_RC = -scored.nll_RC[:MAX_TEXTS]
         columns["scores"] = _by_choice(choices, log_likelihoods_RC)
         columns["probabilities"] = _by_choice(choices, log_likelihoods_RC.softmax(1))

@@ -94,6 +94,15 @@ class Scored:
         return predicted
 
 
+def comparable_choices(nll_RC: Tensor) -> list[int]:
+    """Index of the most likely candidate of each row, -1 if a likelihood is not a number.
+
+    Such a row has no prediction that could be correct: ``argmin`` would return the NaN.
+    """
+    choices: list[int] = nll_RC.argmin(1).masked_fill(nll_RC.isnan().any(1), -1).tolist()
+    return choices
+
+
 def candidate_rows(
     requests: Sequence[Request], packed: bool, max_tokens: int
 ) -> Iterator[PackedRow]:
