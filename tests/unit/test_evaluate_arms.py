@@ -357,6 +357,27 @@ def test_more_examples_than_train_rows(tmp_path: Path, option: str) -> None:
         build(tmp_path, make_run(tmp_path), **{option: 9})
 
 
+def test_a_row_is_not_its_own_neighbor(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    rows = [*TRAIN, (TEXTS[0], CHOICES[0])]  # the last one equals the first row to answer
+    lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    expected = "--knn 4: only 3 train rows that differ from the row to answer"
+    with pytest.raises(BadInput, match=expected):
+        build(tmp_path, config, knn=4)
+    build(tmp_path, config, knn=3)
+
+
+def test_a_block_has_no_more_rows_than_have_probabilities(
+    tmp_path: Path, base: PromptedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("commands.evaluate.scoring", "evaluation.prediction_records"):
+        monkeypatch.setattr(f"trainer.{module}.MAX_TEXTS", 3)
+    arms, _ = build(tmp_path, make_run(tmp_path))
+    records = score(tmp_path, base, arms[:1])["no_prompt"]
+    assert [len(record["probabilities"]) for record in records] == [len(CHOICES)] * len(TEXTS)
+
+
 def test_an_arm_is_scored_again_if_what_it_depends_on_changes(tmp_path: Path) -> None:
     config = make_run(tmp_path)
     (arms, _), (others, _) = build(tmp_path, config), build(tmp_path, config, shots=1)

@@ -184,15 +184,20 @@ class ArmBuilder:
         shown = with_examples(rows, train, [drawn] * len(rows))
         table = self.encoder.table(shown, self.task, per_choice=False)
         kept = table.rows_R.tolist()  # rows that are too long may be skipped
-        if len(kept) < count:
-            raise BadInput(f"--knn {count}: only {len(kept):,} train rows are compared; lower it")
         hashes, own = rows.hashes()[table.rows_R], self.own_rows().hashes()
+        excluded = [np.flatnonzero(hashes == hash_).tolist() for hash_ in own]
+        most = max(map(len, excluded))
+        if (fewest := len(kept) - most) < count:
+            differing = " that differ from the row to answer" if most else ""
+            raise BadInput(
+                f"--knn {count}: only {fewest:,} train rows{differing} are compared; lower it"
+            )
         neighbors = Neighbors(
             count,
             [example.input_ids[: example.target_start] for example in table],
             [gold[row] for row in kept],
             [rows.where(row) for row in kept],
-            [np.flatnonzero(hashes == hash_).tolist() for hash_ in own],
+            excluded,
         )
         if drawn:
             chosen = [drawn] * len(self.plain.candidates)

@@ -15,6 +15,7 @@ from trainer.commands.evaluate.store import PredictionStore
 from trainer.data.task_data import EvalSet
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.knn_prompting import nearest, read_anchors, votes
+from trainer.evaluation.prediction_files import MAX_TEXTS
 from trainer.evaluation.prediction_records import input_fields, scored_columns
 from trainer.evaluation.scoring import Request
 from trainer.model.weight_adapter import applied
@@ -110,7 +111,8 @@ class ArmScorer:
         """Yield (start, stop) of blocks; all ranks yield the same."""
         engine, size = self.evaluator.engine, FIRST_ROWS
         while start < rows:
-            stop = min(start + size * engine.world_size, rows)
+            # Of more rows, records would have no probabilities.
+            stop = min(start + size * engine.world_size, start + MAX_TEXTS, rows)
             started = time.perf_counter()
             yield start, stop
             is_fast = time.perf_counter() - started < BLOCK_SECONDS
