@@ -383,10 +383,38 @@ def test_missing_column_of_some_rows(tmp_path):
     assert messages[1].startswith("d.jsonl:4: no column 'label'")
 
 
-def test_wrong_delimiter(tmp_path):
-    messages = problems(write(tmp_path, "d.csv", "text;label\na;b\n"))
-    assert len(messages) == 2
-    assert all("separate the fields with commas (.csv) or tabs (.tsv)" in text for text in messages)
+@pytest.mark.parametrize(
+    ("name", "text", "separator"),
+    [
+        ("d.csv", "text;label\na;b\n", "';'"),
+        ("d.csv", '\n"text";"label"\r\n"Hello; you, there";b\r\n', "';'"),
+        ("d.csv", "sep=;\r\ntext;label\r\na, b;x\r\n", "';'"),
+        ("d.csv", "text\tlabel\na\tb\n", "'\\t'"),
+        ("d.tsv", "text,label\na,b\n", "','"),
+    ],
+)
+def test_wrong_delimiter(name, text, separator, tmp_path):
+    message = problem(write(tmp_path, name, text))
+    assert f"{name}:1: the columns are separated by {separator}; separate the fields" in message
+    assert "commas (.csv) or tabs (.tsv)" in message
+
+
+def test_one_column_has_no_delimiter(tmp_path):
+    path = write(tmp_path, "d.csv", '"text; of a note"\na\n')
+    assert "columns: text; of a note" in problems(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "remedy"),
+    [
+        (gzip.compress(b"text,label\na,b\n"), "it is compressed with gzip; add .gz to its name"),
+        (b"PK\x03\x04\x14\xff", "it is an Excel workbook or a zip archive; save it as .csv"),
+        (b"PAR1\x15\xff", "it is a parquet file; name it .parquet"),
+    ],
+)
+def test_a_file_of_another_format_is_named(start, remedy, tmp_path):
+    for name in ("d.csv", "d.jsonl", "d.txt"):
+        assert remedy in problems(write(tmp_path, name, start))[0]
 
 
 @pytest.mark.fault("malformed rows")

@@ -282,8 +282,6 @@ class RowValidator:
 
 def _no_column(name: str, setting: str, names: Sequence[str]) -> str:
     hint = did_you_mean(name, names)
-    if len(names) == 1 and re.search(r"[;\t|]", names[0]):
-        hint = "; separate the fields with commas (.csv) or tabs (.tsv)"
     return f"no column {name!r}, which {setting} uses; columns: {', '.join(names) or 'none'}{hint}"
 
 

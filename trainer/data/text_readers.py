@@ -22,6 +22,14 @@ from trainer.runtime.errors import BadInput
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 GZIP = ".gz"
 BOM = b"\xef\xbb\xbf"
+#: First bytes of files that are often given the suffix of a text format.
+_SIGNATURES = {
+    b"\xff\xfe": "it looks like UTF-16; save it as UTF-8",
+    b"\xfe\xff": "it looks like UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "it is compressed with gzip; add .gz to its name",
+    b"PK\x03\x04": "it is an Excel workbook or a zip archive; save it as .csv, or unpack it",
+    b"PAR1": "it is a parquet file; name it .parquet",
+}
 
 
 class FileRecord(NamedTuple):
@@ -94,18 +102,18 @@ def read_txt(file: Path) -> Iterator[FileRecord]:
 
 def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
     column = len(raw[: error.start].decode("utf-8", "replace")) + 1
-    hint = "it looks like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    remedies = (text for start, text in _SIGNATURES.items() if raw.startswith(start))
+    remedy = next(remedies, "save it as UTF-8")
     before = raw[max(0, error.start - 15) : error.start].decode("utf-8", "ignore")
     spot = f" after {before!r}" if before else ""
-    return (
-        f"not UTF-8 at column {column}: byte 0x{raw[error.start]:02x}{spot}; {hint}save it as UTF-8"
-    )
+    return f"not UTF-8 at column {column}: byte 0x{raw[error.start]:02x}{spot}; {remedy}"
 
 
 def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Read the header of a csv file: (column names, iterator of (line, fields) of the rows)."""
     csv.field_size_limit(sys.maxsize)  # the default limit is 128 kB
     delimiter = "\t" if format_of(file) == ".tsv" else ","
+    _check_delimiter(file, delimiter)
     rows = _fields(file, csv.reader(_lines(file), delimiter=delimiter, strict=True))
     _, names = next(rows, (0, []))
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -114,6 +122,20 @@ def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     if not any(names):
         raise BadInput(f"{file}:1: no header; the first line names the columns")
     return names, rows
+
+
+def _check_delimiter(file: Path, delimiter: str) -> None:
+    """Refuse a header whose names are separated by another character, as Excel writes in Europe."""
+    header = next((line.splitlines()[0] for line in _lines(file) if line.strip()), "")
+    if delimiter in header:
+        return
+    for other in (";", "\t", "|", ","):
+        if len(next(csv.reader([header], delimiter=other))) > 1:
+            raise BadInput(
+                f"{file}:1: the columns are separated by {other!r}; separate the fields with "
+                f"commas (.csv) or tabs (.tsv), as pandas.read_csv(FILE, sep={other!r})"
+                ".to_csv(NEW_FILE, index=False) does"
+            )
 
 
 def _lines(file: Path) -> Iterator[str]:
