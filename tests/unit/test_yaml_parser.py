@@ -75,6 +75,10 @@ def test_values(text: str, value: Any) -> None:
         ("[" + "a," * 300_000 + "]", "more than 100,000 values"),
         ("a: 1\na: 2\nb: {c: 1, c: 2}", "line 2: a: duplicate key; .*line 3: b.c: duplicate key"),
         ("[a]: 1", "a key must be text"),
+        ("a: {{ text }}", "a key must be text, .*; put a text with braces in quotes"),
+        ("a:\n\tb: 1", "line 2: not valid YAML: .*; indent with spaces, not with tabs"),
+        ("a: Text: {text}", "not valid YAML: .*; put a text with a colon in quotes"),
+        ("a: {text} x", "not valid YAML: .*; put a text with braces, .* in double quotes"),
     ],
 )
 def test_invalid_input_is_refused(text: str, words: str) -> None:

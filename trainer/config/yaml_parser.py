@@ -40,6 +40,17 @@ MAX_BYTES = 1 << 22
 MAX_DEPTH = 40
 #: Maximum number of values and keys, with aliases expanded.
 MAX_NODES = 100_000
+#: Reasons of libyaml that do not name a remedy.
+_REMEDIES = {
+    "found character that cannot start any token": "put a text that begins with a special "
+    "character, such as % or @, in quotes",
+    "mapping values are not allowed in this context": "put a text with a colon in quotes, or "
+    "correct the indentation",
+    "did not find expected key": "put a text with braces, brackets or quotes in double quotes, or "
+    "correct the indentation",
+    "found unknown escape character": "use single quotes, or write a backslash twice",
+    "found unexpected end of stream": "close the quotes",
+}
 
 
 class YamlError(ValueError):
@@ -126,6 +137,10 @@ def _compose(text: str) -> _Node:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        remedy = _REMEDIES.get(reason)
+        if mark and re.match(r" *\t", "".join(text.split("\n")[mark.line : mark.line + 1])):
+            remedy = "indent with spaces, not with tabs"
+        reason += f"; {remedy}" if remedy else ""
         raise _invalid(mark.line + 1 if mark else None, reason) from None
 
 
@@ -234,7 +249,11 @@ class _Resolver:
         # Merged settings first, so that the lines of the others replace those of their anchors.
         for key, value in sorted(pairs, key=lambda pair: not _is_merge(pair[0])):
             if key.text is None:
-                self._problem(key, path, "a key must be text, not a list or mapping")
+                self._problem(
+                    key,
+                    path,
+                    "a key must be text, not a list or mapping; put a text with braces in quotes",
+                )
             elif _is_merge(key):
                 for name, item in self._merged(value, path, depth).items():
                     merged.setdefault(name, item)
