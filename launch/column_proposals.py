@@ -40,6 +40,7 @@ class Column:
         rows: number of rows with a value.
         texts, lists, dialogues: number of rows in which the value is a text, a list, a dialogue.
         labels: different values as text, or those in lists; None: too many, or not labels.
+        no_dialogue: why the first list is not a dialogue; empty if it is one.
     """
 
     name: str
@@ -48,18 +49,22 @@ class Column:
     lists: int = 0
     dialogues: int = 0
     labels: dict[str, None] | None = field(default_factory=dict)
+    no_dialogue: str = ""
 
     def add(self, value: Any) -> None:
         self.rows += 1
         self.texts += isinstance(value, str)
         self.lists += isinstance(value, list)
-        self.dialogues += _is_dialogue(value)
+        if isinstance(value, list) or str(value).lstrip().startswith("["):
+            problem = _no_dialogue(value)
+            self.dialogues += not problem
+            self.no_dialogue = self.no_dialogue or problem
         texts = [_label(item) for item in (value if isinstance(value, list) else [value])]
         is_vector = isinstance(value, list) and any(isinstance(item, float) for item in value)
         if self.labels is None or None in texts or is_vector:
             self.labels = None
         else:
-            self.labels |= dict.fromkeys(text for text in texts if text is not None)
+            self.labels |= dict.fromkeys(text for text in texts if text and text.strip())
             if len(self.labels) > MAX_LABELS:
                 self.labels = None
 
@@ -90,11 +95,10 @@ def read_sample(train: str) -> Sample:
     classes: dict[str, list[str]] = {}
     rows, complete = 0, True
     for file in find_files(DataSource.model_validate(train), "--train", "train"):
-        header = file.header()
-        for name in header or ():
+        for name in file.header() or ():
             columns.setdefault(name, Column(name))
             classes[name] = file.class_names(name) or classes.get(name, [])
-        for record in file.records(header or []):
+        for record in file.records(file.readable()):
             if record.problem:
                 place = f"{file.name}:{record.line or f'row {record.row}'}"
                 raise BadInput(f"--train: {place}: {record.problem}")
@@ -144,6 +148,20 @@ def find_dialogue(sample: Sample) -> Column | None:
     return _preferred(possible, DIALOGUES) or next(iter(possible), None)
 
 
+def problem_of_dialogues(sample: Sample) -> str:
+    """Say why the column with a usual name has no dialogue; empty without such a column."""
+    column = _preferred([c for c in sample.columns if c.no_dialogue], DIALOGUES)
+    return f"{column.name}: {column.no_dialogue}" if column else ""
+
+
+def similar_labels(labels: Collection[str]) -> list[str]:
+    """Return the first labels that differ only in case or white space; empty if there are none."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(" ".join(label.lower().split()), []).append(label)
+    return next((group for group in groups.values() if len(group) > 1), [])
+
+
 def template(columns: Sequence[Column]) -> str:
     return "\n".join(f"{{{column.name}}}" for column in columns)
 
@@ -163,16 +181,15 @@ def _is_identifier(column: Column) -> bool:
     return name in IDENTIFIERS or name.endswith("_id") or not_in_template
 
 
-def _is_dialogue(value: Any) -> bool:
+def _no_dialogue(value: Any) -> str:
+    """Return why a value is not a dialogue; empty if it is one."""
     from trainer.data.column_parsers import parse_messages
 
-    if not isinstance(value, list) and not str(value).lstrip().startswith("["):
-        return False
     try:
         parse_messages(value)
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _label(value: Any) -> str | None:

@@ -114,6 +114,8 @@ def _columns(request: Request) -> dict[str, Any]:
 def _dialogue(request: Request, sample: Sample) -> dict[str, Any]:
     column = column_proposals.find_dialogue(sample)
     if column is None:
+        if problem := column_proposals.problem_of_dialogues(sample):
+            raise BadInput(f"--train: {request.train}: {problem}")
         raise _misfit(request, sample, "no column of dialogues", "generate")
     return {"messages": column.name}
 
@@ -136,6 +138,8 @@ def _classes(request: Request, sample: Sample) -> dict[str, Any]:
         raise _misfit(request, sample, f"no column with 2 to {most} different labels", "generate")
     choices = list(label.labels or ())
     note = "" if sample.complete else f" of the first {sample.rows:,} rows; add those of others"
+    if similar := column_proposals.similar_labels(choices):
+        note += f"; {_yaml(similar)} differ only in case or white space"
     return _input(request, sample, label) | {
         "target": f" {{{label.name}}}",
         "choices": choices,

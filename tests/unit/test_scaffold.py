@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from launch import column_proposals, preflight
@@ -148,6 +150,27 @@ def test_init_reads_columns(kind, rows, expected, tmp_path, monkeypatch):
     assert {key: values[key] for key in expected} == expected
 
 
+def test_init_leaves_out_columns_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = {"bytes": b"x", "path": None}
+    rows = [{"text": f"text {i}", "image": image, "label": "ab"[i % 2]} for i in range(12)]
+    parquet.write_table(pa.Table.from_pylist(rows), "rows.parquet")
+    call("init", "classify", "--train", "rows.parquet")
+    task = preflight.check_run("classify.yaml", ["tasks[0].validation_share=0.5"]).tasks[0]
+    assert (task.input, task.choices) == ("{text}\nAnswer:", ["a", "b"])
+
+
+def test_init_leaves_out_blank_labels_and_names_similar_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("text,label\n" + "a,Pos\nb,neg\nc,pos \n,\n" * 2)
+    call("init", "classify", "--train", "rows.csv")
+    text = Path("classify.yaml").read_text()
+    assert "choices: [Pos, neg, 'pos ']" in text
+    assert "# The labels; [Pos, 'pos '] differ only in case or white space." in text
+    with pytest.raises(BadInput, match="label: is empty; give it a label or remove the row"):
+        preflight.check_run("classify.yaml", [])
+
+
 def test_init_says_that_labels_are_those_of_the_first_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(column_proposals, "MAX_ROWS", 10)
@@ -162,6 +185,8 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("one\ntwo\n")
     Path("bad.jsonl").write_text("{\n")
+    turns = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Path("roles.jsonl").write_text(json.dumps({"messages": turns}))
     Path("folder.yaml").mkdir()
     Path("old.yaml").write_text("mine")
     for arguments, problem in {
@@ -171,6 +196,7 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
         ("chat", "rows.csv"): "rows.csv: the name of a run file ends in .yaml",
         ("chat", "--train", "none.jsonl"): r"--train: none\.jsonl: no such file",
         ("chat", "--train", "texts.txt"): r"no column of dialogues \(columns: text\).*generate",
+        ("chat", "--train", "roles.jsonl"): r"messages: \[0\]\.role: 'developer' is not one of",
         ("generate", "--train", "texts.txt"): "no column of texts to learn.*init distill",
         ("classify", "--train", "texts.txt"): "no column with 2 to 50 different labels",
         ("chat", "--train", "bad.jsonl"): "--train: bad.jsonl:1: not valid JSON",

@@ -66,6 +66,22 @@ def is_plain(feature: Feature) -> bool:
     return feature is None or (isinstance(feature, Mapping) and feature.get("_type") == "Value")
 
 
+def is_supported(kind: Any, feature: Feature = None) -> bool:
+    """Whether columns of an Arrow type can be converted; bytes of images, for example, cannot."""
+    from pyarrow import types
+
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return True
+    if types.is_struct(kind):
+        return all(is_supported(field.type, _field_feature(feature, field.name)) for field in kind)
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return is_supported(kind.value_type, feature)
+    if _is_list(kind):
+        return is_supported(kind.value_type, _item_feature(feature))
+    is_time = types.is_timestamp(kind) or types.is_time(kind)
+    return is_time or _is_simple(kind) or _converter(kind, feature) is not None
+
+
 def _values(array: Any, name: str, feature: Feature, keep: bool) -> list[Any]:
     from pyarrow import compute, types
 
@@ -76,9 +92,7 @@ def _values(array: Any, name: str, feature: Feature, keep: bool) -> list[Any]:
         return _values(array.dictionary_decode(), name, feature, keep)
     if types.is_run_end_encoded(kind):
         return _values(compute.run_end_decode(array), name, feature, keep)
-    if str(kind).startswith(
-        ("list<", "large_list<", "fixed_size_list<", "list_view<", "large_list_view<")
-    ):
+    if _is_list(kind):
         return _lists(array, name, feature, keep)
     if types.is_struct(kind):
         return _objects(array, name, feature, keep)
@@ -87,8 +101,7 @@ def _values(array: Any, name: str, feature: Feature, keep: bool) -> list[Any]:
     convert = _converter(kind, feature)
     if convert is not None:
         return [None if value is None else convert(value) for value in array.to_pylist()]
-    simple = (types.is_null, types.is_boolean, types.is_integer, types.is_float64, _is_text)
-    if not any(test(kind) for test in simple) and array.null_count < len(array):
+    if not _is_simple(kind) and array.null_count < len(array):
         raise BadInput(
             f"column {name!r} has type {kind}, which is neither text nor a number; "
             "cast it to one of these, or leave it out"
@@ -210,6 +223,20 @@ def _field_feature(feature: Feature, key: str) -> Feature:
         # datasets < 4 stores a sequence of objects as an object of lists
         return {"_type": "List", "feature": feature["feature"].get(key)}
     return feature.get(key)
+
+
+def _is_list(kind: Any) -> bool:
+    return str(kind).startswith(
+        ("list<", "large_list<", "fixed_size_list<", "list_view<", "large_list_view<")
+    )
+
+
+def _is_simple(kind: Any) -> bool:
+    """Whether the values of a type are JSON values in Python."""
+    from pyarrow import types
+
+    simple = (types.is_null, types.is_boolean, types.is_integer, types.is_float64, _is_text)
+    return any(test(kind) for test in simple)
 
 
 def _is_text(kind: Any) -> bool:

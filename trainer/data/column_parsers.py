@@ -314,6 +314,8 @@ def parse_choice(value: Any, task: Task) -> str:
     for spelling in (text, *others):
         if spelling in choices:
             return spelling
+    if not text.strip():
+        raise ValueError("is empty; give it a label or remove the row")
     known = ", ".join(map(repr, choices[:8])) + (", ..." if len(choices) > 8 else "")
     where = f"tasks.{task.name}.choices"
     hint = did_you_mean(text, choices)

@@ -69,6 +69,10 @@ class DataFile:
             return ["text"]
         return csv_header(self.files[0])[0] if kind in (".csv", ".tsv") else None
 
+    def readable(self) -> list[str]:
+        """Return the columns of ``header`` that can be read; empty for JSON."""
+        return self.table.supported() if self.table is not None else self.header() or []
+
     def class_names(self, column: str) -> list[str] | None:
         """Names of the classes of a table's column of class numbers; otherwise None."""
         return None if self.table is None else self.table.class_names(column)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import DataSource
-from trainer.data.arrow_values import class_names, column_values, is_plain
+from trainer.data.arrow_values import class_names, column_values, is_plain, is_supported
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import parse_json, read_json_object
 
@@ -43,6 +43,11 @@ class Table:
     def class_names(self, column: str) -> list[str] | None:
         """Names of the classes of a column of class numbers; None for other columns."""
         return class_names(self.features.get(column))
+
+    def supported(self) -> list[str]:
+        """Return the columns whose types can be read; bytes of images, for example, cannot."""
+        schema = _schema(self.file) if self.file is not None else self.dataset.data.table.schema
+        return [n for n in self.names if is_supported(schema.field(n).type, self.features.get(n))]
 
     def rows(self, columns: Sequence[str], keep: Collection[str] = ()) -> Iterator[dict[str, Any]]:
         """Yield every row, converted to JSON values by ``arrow_values``.
@@ -112,14 +117,10 @@ def open_table(file: Path) -> Table:
         BadInput: the file is truncated or has another format.
     """
     import pyarrow
-    from pyarrow import parquet
 
     kind = file.suffix.lower().removeprefix(".")
     try:
-        if kind == "parquet":
-            schema = parquet.ParquetFile(file).schema_arrow
-        else:
-            schema = _arrow_reader(file)[0].schema
+        schema = _schema(file)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(
             f"{file}: is not a complete {kind} file: {_reason(error)}; write it again"
@@ -128,6 +129,14 @@ def open_table(file: Path) -> Table:
     if twice:
         raise BadInput(f"{file}: duplicate column {twice[0]!r}; rename one")
     return Table(str(file), list(schema.names), file, _features(file, schema.metadata))
+
+
+def _schema(file: Path) -> Any:
+    from pyarrow import parquet
+
+    if file.suffix.lower() == ".parquet":
+        return parquet.ParquetFile(file).schema_arrow
+    return _arrow_reader(file)[0].schema
 
 
 def _reason(error: Exception) -> str:
