@@ -551,6 +551,16 @@ def test_state_of_other_prompts_is_refused() -> None:
         make_bank(PROMPTS[:1]).load_state_dict(state)
 
 
+def test_another_first_prompt_of_a_share_is_refused() -> None:
+    bank = make_bank(SHARES)
+    with pytest.raises(BadInput) as caught:
+        make_bank([SHARES[i] for i in (2, 1, 0, 3)]).load_state_dict(bank.state_dict())
+    assert caught.value.problems == [
+        "prompts.low-1: is no longer the first prompt of share 'common', with which the checkpoint "
+        "has the encoder; list the prompts of the share in their earlier order"
+    ]
+
+
 class NearTo:
     """A scorer that prefers candidates near one word, and records its calls."""
 

@@ -52,13 +52,21 @@ def checkpoint_problems(
             f"{_REMEDY}"
             for key, value in changed.items()
         ]
+        if changed:
+            continue
         ours = {k: tuple(v.shape) for k, v in parameters.get(name, {}).items()}
         theirs = {
             k.removeprefix("encoder/"): tuple(v.shape)
             for k, v in saved[name].items()
             if k.startswith("encoder/")
         }
-        if not changed and ours != theirs:
+        if theirs and not ours:
+            problems.append(
+                f"prompts.{name}: is no longer the first prompt of share {prompt.share!r}, with "
+                "which the checkpoint has the encoder; list the prompts of the share in their "
+                "earlier order"
+            )
+        elif ours != theirs and (theirs or prompt.share is None):
             problems.append(
                 f"prompts.{name}: its parameters are {ours}, but the checkpoint has {theirs}; "
                 f"the base or encoder_hidden_size has changed; {_REMEDY}"
