@@ -594,7 +594,7 @@ def test_initial_tokens_are_searched_for_all_prompts_together() -> None:
         {
             "name": "lstm",
             "num_virtual_tokens": 3,
-            "init": "search",
+            "init": "auto",
             "method": "p_tuning",
             "encoder": "lstm",
         },

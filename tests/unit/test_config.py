@@ -523,6 +523,13 @@ def test_encoders_of_p_tuning(run_file, encoder):
     assert "use method: p_tuning" in problem
 
 
+def test_a_search_for_an_encoder_that_starts_elsewhere_is_refused(run_file):
+    lstm = "prompts.two.encoder=lstm"
+    assert load(run_file(), [lstm, "prompts.two.init=auto"]).prompts[1].init.auto
+    (problem,) = problems_of(run_file(), lstm, "prompts.two.init=search")
+    assert "prompts[1].init: search cannot choose tokens for encoder lstm" in problem
+
+
 def test_prompts_that_share_an_encoder_need_equal_settings(run_file):
     text = ["prompts.two.encoder=text", "prompts.two.init={text: Sort it.}"]
     assert load(run_file(), [*text, "prompts.two.share=s"]).prompts[1].share == "s"

@@ -54,7 +54,7 @@ class EncoderEntry:
             requires.
         trains_prefix: the prompt is keys and values of every layer instead of virtual tokens.
         searches_init: ``init: auto`` and ``search`` choose initial tokens by their loss; otherwise
-            they draw tokens.
+            ``auto`` draws tokens, and ``search`` is refused.
         problems: yields the problems of a prompt with this encoder: ``SETTING: problem; remedy``.
         num_parameters: counts the parameters of a prompt's encoder; by default, those of its values
             alone. Of prompts with one ``share``, those of the first.

@@ -31,7 +31,8 @@ class Init(Section):
         False,
         description="search the tokens with the lowest loss on the rows of the first update\n"
         "Candidates are the task's hand_written prompts, its choices, 16 random drawings of "
-        "frequent tokens and 48 prompts that a genetic search derives from the best of these.",
+        "frequent tokens and 48 prompts that a genetic search derives from the best of these. Not "
+        "available for encoder lstm.",
     )
     text: str | None = Field(
         None, min_length=1, description="start from the embeddings of this text's tokens, repeated"

@@ -248,6 +248,11 @@ class Prompt(Section):
             raise ValueError(
                 "init: zero works with method: prefix_tuning only; use text, vocab or random"
             )
+        if self.init.search and not entry.searches_init:
+            raise ValueError(
+                f"init: search cannot choose tokens for encoder {entry.name}, whose first output "
+                "differs from them; use vocab, or another encoder"
+            )
         return self
 
     @model_validator(mode="after")
