@@ -33,6 +33,7 @@ from trainer.reporting.markdown_text import markdown
 from trainer.reporting.mlflow_note import read_results
 from trainer.reporting.summary import RunSummary
 from trainer.runtime.console import Console
+from trainer.tracking.run_metadata import MAX_TAG
 
 COST = BaseCost(weights=1000, head=100, attention_width=10, vocab_size=50)
 SUMMARY = RunSummary.model_validate(
@@ -218,6 +219,23 @@ def test_note_shows_instructions_as_they_are(tmp_path: Path) -> None:
     note = read_results(folder).note
     assert text not in note
     assert markdown(text) in note
+
+
+def test_a_long_note_ends_with_a_whole_line(tmp_path: Path) -> None:
+    folder = run_folder.write_inputs(tmp_path / "run")
+    run_folder.write_results(folder)
+    soft, *_ = results(tmp_path, {"soft": "1111"}).arms
+    arms = [soft.model_copy(update={"name": f"soft-{number}"}) for number in range(80)]
+    task = TaskEvaluation(
+        rows=4, metric="accuracy", detectable_difference=None, best=None, arms=arms
+    )
+    content = Evaluation(tasks={"triage": task}).model_dump_json()
+    (folder / EVALUATION_FILE).write_text(content)
+    *lines, empty, last = read_results(folder).note.split("\n")
+    assert (empty, last) == ("", "The rest is in report.html.")
+    assert lines[-1].startswith("| soft-")
+    assert lines[-1].endswith(" |")
+    assert MAX_TAG - 200 < len("\n".join([*lines, empty, last])) <= MAX_TAG
 
 
 def test_report_and_note_show_the_evaluation(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def assessed(
     results, settings = {}, []
     for name, prompt in prompts.items():
         right = prompt.pop("right")
-        shifted = prompt.pop("shifted", None)
+        shifted, stopped = prompt.pop("shifted", None), prompt.pop("stopped", None)
         settings.append({"name": name, **prompt})
-        results[name] = {"validation_accuracy": right / ROWS}
+        results[name] = {"validation_accuracy": right / ROWS, "stopped": stopped}
         results[name] |= {"validation_loss": 1.2 - right / ROWS}
         results[name] |= {"validation_loss_standard_error": 0.05}
         if shifted is not None:
@@ -126,6 +126,40 @@ def test_a_shorter_prompt_may_be_worse_by_a_standard_error_without_significance(
     assert (
         "Of these two, take 20 (long): the shorter one is worse by more than one standard error."
     ) in words_of(result)
+
+
+@pytest.mark.parametrize(
+    ("better", "also_better", "take"),
+    [
+        (True, ["short"], "short"),
+        (True, [], "long"),
+        (False, ["middle"], "middle"),
+        (False, [], "short"),
+    ],
+)
+def test_the_prompt_to_take_beats_the_best_baseline_if_any_does(
+    tmp_path, better, also_better, take
+):
+    compared = {"baseline": "no_prompt", "prompt": "long", "rows": ROWS, "test": "McNemar exact"}
+    compared |= {"difference": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.04}
+    compared |= {"detectable_difference": 0.1, "better": better, "also_better": also_better}
+    prompts = lengths(74, 73) | {"middle": {"num_virtual_tokens": 10, "right": 40}}
+    result = assessed(tmp_path, prompts, comparison=compared)
+    assert result.take == take
+    reason = {
+        "short": "Of these two, take 5 (short).",
+        "long": "take 20 (long): the shorter one is not significantly better than the best "
+        "baseline.",
+    }
+    assert reason.get(take, "") in words_of(result)
+    assert ("Of these two" in words_of(result)) == (take != "middle")
+
+
+def test_a_shorter_prompt_that_halving_eliminated_is_not_called_worse(tmp_path):
+    prompts = lengths(74, 73)
+    prompts["short"]["stopped"] = {"step": 1, "reason": "halving"}
+    result = assessed(tmp_path, prompts)
+    assert "take 20 (long): the shorter one was eliminated by halving." in words_of(result)
 
 
 @pytest.mark.parametrize(

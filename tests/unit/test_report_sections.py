@@ -64,6 +64,15 @@ def test_the_headline_names_the_best_baseline():
     )
 
 
+@pytest.mark.parametrize(("score", "headline"), [(0.2, "No trained prompt"), (0.4, "Take p")])
+def test_without_a_paired_test_a_prompt_below_the_best_baseline_is_not_taken(
+    score: float, headline: str
+) -> None:
+    table = table_of({"p": score}, [{"name": "p"}])  # the baseline has 0.3
+    assert table.comparison is None
+    assert table.headline.startswith(headline)
+
+
 def test_a_sweep_is_a_grid_of_mean_scores_with_the_best_prompt_framed():
     settings = [
         {

@@ -26,6 +26,9 @@ from trainer.runtime.errors import BadInput
 from trainer.tracking import run_metadata
 from trainer.tracking.run_metadata import MAX_TAG, FinalResults, clean_tags, shorten
 
+#: The artifact that has everything.
+REPORT = "report.html"
+
 
 def read_results(output_dir: Path) -> FinalResults:
     """Compute the note, and metrics and tags of every prompt; all empty if ``run.yaml`` is damaged.
@@ -85,9 +88,9 @@ def note(tables: list[TaskTable], evaluation: Evaluation | None = None) -> str:
     lines = []
     for table in tables:
         subject = f"**{markdown(table.task)}**: " if len(tables) > 1 else ""
-        lines += [subject + _text(table.verdict, 600), ""]
+        lines += [subject + _text(table.verdict, 600, REPORT), ""]
         if table.overfitting and table.overfitting.verdict:
-            lines += [_text(" ".join(table.overfitting.verdict), 900), ""]
+            lines += [_text(" ".join(table.overfitting.verdict), 900, REPORT), ""]
     for table in tables:
         lines += [f"#### Task {markdown(table.task)}", ""]
         lines += [f"| {' | '.join(['prompt', *map(markdown, table.titles)])} |"]
@@ -104,7 +107,15 @@ def note(tables: list[TaskTable], evaluation: Evaluation | None = None) -> str:
         for arm in task.arms:
             lines.append(f"| {' | '.join([_text(label(task, arm)), *cells(task, arm)])} |")
         lines += ["", *(f"{markdown(line)}  " for line in remarks(task)), ""]
-    return "\n".join(lines)[:MAX_TAG]
+    return _limited("\n".join(lines))
+
+
+def _limited(text: str) -> str:
+    """Cut a text to the limit of a tag at the end of a line: a cut number would be a wrong one."""
+    if len(text) <= MAX_TAG:
+        return text
+    end = f"\n\nThe rest is in {REPORT}."
+    return text[: text.rindex("\n", 0, MAX_TAG - len(end) + 1)] + end
 
 
 def _finite_scores(scores: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -115,5 +126,5 @@ def _finite_scores(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     ]
 
 
-def _text(text: str, limit: int = 160) -> str:
-    return markdown(shorten(" ".join(text.split()), limit))
+def _text(text: str, limit: int = 160, place: str = "run.yaml") -> str:
+    return markdown(shorten(" ".join(text.split()), limit, place))

@@ -40,7 +40,11 @@ _SEEDS = frozenset({"name", "seed", "data_seed"})
 def assess(
     output_dir: Path, config: RunConfig, table: TaskTable, selection: Selection | None
 ) -> Overfitting | None:
-    """Measure the signs of overfitting of a task's best prompt; None if no prompt can be ranked."""
+    """Measure the signs of overfitting of a task's best prompt; None if no prompt can be ranked.
+
+    Args:
+        table: with the comparison with the best baseline, if there is one.
+    """
     compared = best_and_other_length(table.prompts, table.metric, table.num_rows.get("validation"))
     if compared is None or selection is None:
         return None
@@ -52,7 +56,7 @@ def assess(
         shift=_shift(table, best),
         baseline_shift=None if baseline is None else _shift(table, baseline),
         seeds=_seed_spread(config, table),
-        take=selection.shorter.prompt if selection.shorter else best.name,
+        take=_take(table, selection),
     )
     if other is not None:
         metric = result.train.metric if result.train else table.metric
@@ -66,8 +70,22 @@ def assess(
                 "length_on_train": _change(on_train),
             }
         )
-    verdict = [text for text in _Sentences(table, result, best, other).all() if text]
+    within = selection.shorter is not None
+    verdict = [text for text in _Sentences(table, result, best, other, within).all() if text]
     return result.model_copy(update={"verdict": verdict})
+
+
+def _take(table: TaskTable, selection: Selection) -> str:
+    """The best prompt, or a shorter one within one standard error.
+
+    If prompts beat the best baseline significantly, it is one of these.
+    """
+    name = selection.shorter.prompt if selection.shorter else selection.prompt
+    compared = table.comparison
+    if compared is None:
+        return name
+    better = [*([compared.prompt] if compared.better else []), *compared.also_better]
+    return name if name in better or not better else better[0]
 
 
 def _train_score(output_dir: Path, table: TaskTable, row: ResultRow) -> TrainScore | None:
@@ -143,12 +161,17 @@ def _change(difference: Difference | None) -> Change | None:
 
 @dataclass(frozen=True)
 class _Sentences:
-    """The verdict, sentence by sentence."""
+    """The verdict, sentence by sentence.
+
+    Attributes:
+        within: whether ``other`` is a shorter prompt within one standard error of ``best``.
+    """
 
     table: TaskTable
     result: Overfitting
     best: ResultRow
     other: ResultRow | None
+    within: bool
 
     def all(self) -> list[str]:
         return [self.length(), self.train(), self.shift(), self.seeds()]
@@ -175,11 +198,21 @@ class _Sentences:
         new = _Difference(result.length, self.table.metric, sign)
         claim = {1: "better", -1: "worse"}.get(new.better, "not significantly better")
         text += f" {claim}{against}: {new}."
-        advised = self.best if result.take == self.best.name else other
+        advised = next((row for row in (self.best, other) if row.name == result.take), None)
+        if advised is None:
+            return text
         reason = ""
         if not new.better and advised is longer:
-            reason = ": the shorter one is worse by more than one standard error"
+            reason = f": the shorter one {self._reason(shorter)}"
         return f"{text} Of these two, take {advised.num_virtual_tokens} ({advised.name}){reason}."
+
+    def _reason(self, shorter: ResultRow) -> str:
+        """Why a shorter prompt that is not significantly worse is not taken."""
+        if self.within:
+            return "is not significantly better than the best baseline"
+        if shorter.eliminated:
+            return "was eliminated by halving"
+        return "is worse by more than one standard error"
 
     def train(self) -> str:
         train = self.result.train

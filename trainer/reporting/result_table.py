@@ -156,10 +156,15 @@ class TaskTable:
         if best is None:
             return None
         name = self.overfitting.take if self.overfitting else best.name
-        if compared is not None and not compared.better and self.best_baseline is not None:
+        baseline = self.best_baseline
+        if baseline is not None and compared is None:  # as with a single row
+            if rank([baseline, best], self.metric)[:1] == [baseline]:
+                return None
+        elif baseline is not None and compared is not None and not compared.better:
             if not compared.also_better:
                 return None
-            name = compared.also_better[0]
+            if name not in compared.also_better:
+                name = compared.also_better[0]
         return next(row for row in self.prompts if row.name == name)
 
     @property

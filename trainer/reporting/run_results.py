@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,10 @@ def write_results(
     )
     tables, tasks = task_tables(loop.config, summary), dict(summary.tasks)
     with console.phase("comparing prompts with baselines"):
-        for table in tables:
-            comparison = compare(output, table)
-            tasks[table.task] = tasks[table.task].model_copy(update={"comparison": comparison})
+        tables = [replace(table, comparison=compare(output, table)) for table in tables]
+    for table in tables:
+        compared = {"comparison": table.comparison}
+        tasks[table.task] = tasks[table.task].model_copy(update=compared)
     selected = {table.task: best for table in tables if (best := selection(table))}
     overfitting = {
         table.task: signs

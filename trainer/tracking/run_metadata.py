@@ -208,11 +208,11 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield legal(name), shorten(redact(text), MAX_PARAM)
 
 
-def shorten(text: str, limit: int) -> str:
-    """Cut text to ``limit`` characters, with a note of its full length."""
+def shorten(text: str, limit: int, place: str = "run.yaml") -> str:
+    """Cut text to ``limit`` characters, with a note of its full length and of its place."""
     if len(text) <= limit:
         return text
-    note = f" … [{len(text)} characters, full text in run.yaml]"
+    note = f" … [{len(text)} characters, full text in {place}]"
     return text[: limit - len(note)] + note
 
 
