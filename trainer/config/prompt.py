@@ -200,8 +200,9 @@ class Prompt(Section):
     data_seed: NonNegativeInt | None = Field(
         None,
         description="seed of the order of rows\n"
-        "Prompts of one task with the same data_seed read the same rows in every step, which makes "
-        "their other settings easier to compare.\n"
+        "Prompts of one task with the same data_seed and position read the same rows in every "
+        "step, which makes their other settings easier to compare. Another position changes the "
+        "tokens of a row, and so the number of rows in a step.\n"
         "null: the prompt's seed",
     )
     steps: PositiveInt | None = Field(
