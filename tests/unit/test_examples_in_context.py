@@ -103,6 +103,29 @@ def test_the_most_similar_rows_are_retrieved_and_equal_rows_left_out(tmp_path: P
     assert retrieve(settings, train, dataset(tmp_path, settings, [{"text": "?", "label": "a"}]), 1)
 
 
+def test_rows_without_spaces_between_words_are_retrieved_by_their_characters(
+    tmp_path: Path,
+) -> None:
+    settings = task()
+    texts = ["今日は天気がいい", "映画はとても面白かった", "この料理はおいしくない"]
+    train = dataset(tmp_path, settings, [{"text": t, "label": "a"} for t in texts])
+    queries = [{"text": t, "label": "a"} for t in ("昨日の映画は面白い", "料理がおいしい")]
+    chosen = retrieve(settings, train, dataset(tmp_path, settings, queries), 1)
+    assert chosen == [[1], [2]]
+
+
+def test_rows_without_a_common_word_do_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
+    settings = task()
+    rows = [{"text": f"word{i}", "label": "ab"[i >= 50]} for i in range(100)]
+    query = dataset(tmp_path, settings, [{"text": "other", "label": "a"}])
+    shown = []
+    for order in (rows, rows[::-1]):
+        (chosen,) = retrieve(settings, dataset(tmp_path, settings, order), query, 8)
+        shown.append([order[i] for i in chosen])
+    assert shown[0] == shown[1]
+    assert {row["label"] for row in shown[0]} == {"a", "b"}
+
+
 def test_changes_of_texts() -> None:
     text = "It's 3.5 km, isn't it? (Yes.) A well-known distance"
     assert lower_case(text) == text.lower()
