@@ -510,6 +510,20 @@ def test_changed_rows_are_scored_as_their_own_texts(
     assert_scores(records["soft"], [by_hand(soft, t, "", PROMPT_TOKENS) for t in TEXTS])
 
 
+def test_rows_of_token_ids_are_not_changed(tmp_path: Path) -> None:
+    config = make_run(tmp_path)
+    row = json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
+    files = {"train": "train.jsonl", "validation": "valid.jsonl", "shifted_validation": "new.jsonl"}
+    for name in files.values():
+        (tmp_path / name).write_text(f"{row}\n{row}\n")
+    columns = {"input_ids": "input_ids", "labels": "labels"}
+    settings = {"name": "diet", "metric": "loss", "tokens": columns}
+    settings |= {split: str(tmp_path / name) for split, name in files.items()}
+    values = config.model_dump(mode="json") | {"tasks": [settings]}
+    arms, _ = build(tmp_path, RunConfig.model_validate(values), robustness=True)
+    assert {arm.change for arm in arms} == {None, "shifted_validation"}
+
+
 @pytest.mark.parametrize("metric", ["exact_match", "chrf"])
 def test_generated_text_equals_transformers(
     metric: str, tmp_path: Path, base: PromptedBase, reference: PreTrainedModel

@@ -123,9 +123,9 @@ class ArmBuilder:
         changed, plain = [], self.own_rows()
         # A typo may add tokens; the text is cut rather than refused.
         task = self.task.model_copy(update={"too_long": "truncate"})
-        variants: list[tuple[str, RowDataset, Task]] = [
-            (change, changed_rows(plain, task, change), task) for change in CHANGES
-        ]
+        variants: list[tuple[str, RowDataset, Task]] = []
+        if task.tokens is None:  # there is no text to change in rows of token ids
+            variants += [(change, changed_rows(plain, task, change), task) for change in CHANGES]
         variants += [(change, plain, other) for change, other in templates(task).items()]
         for arm in arms:
             if arm.kind not in ("no_prompt", "hand_written", "prompt"):
