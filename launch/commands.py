@@ -244,7 +244,7 @@ def validate(
 
 
 def prepare(
-    base: Annotated[str, path_argument("BASE", "A model's folder or hub id.")],
+    base: Annotated[str, path_argument("BASE", "A model's folder, GGUF file or hub id.")],
     out: NewFolder,
     revision: Annotated[str | None, option("NAME", "Branch, tag or commit on the hub.")] = None,
     embeddings: Annotated[

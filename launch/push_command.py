@@ -77,8 +77,8 @@ def push(
 
     **Examples:**
 
-    - `promptshard push runs/quickstart me/triage-prompt --prompt triage --private`
-    - `promptshard push runs/local me/notes --prompt notes --base-model meta-llama/Llama-3.2-1B`
+    - `promptshard push runs/quickstart me/triage-prompt --prompt triage --base-model me/tiny-base`
+    - `promptshard push runs/notes me/notes --prompt notes --private` (a base of the hub)
     """
     preflight.check_result(run_dir, prompt)
     upload = collect(Path(run_dir), repo, prompt, private, revision, base_model)

@@ -39,7 +39,11 @@ def init(
     ] = None,
     model: Annotated[
         str | None,
-        option("MODEL", "A model's folder or hub id. [default: a tiny model]", callback=as_path),
+        option(
+            "MODEL",
+            "A model's folder, GGUF file or hub id. [default: a tiny model]",
+            callback=as_path,
+        ),
     ] = None,
     train: Annotated[
         str | None,
