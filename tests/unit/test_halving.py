@@ -11,8 +11,10 @@ from statistics import fmean, stdev
 
 import pytest
 
+from trainer.config import RunConfig
 from trainer.config.ranking import Entry
 from trainer.config.training import Halving
+from trainer.cost_model.run_time import _prompt_steps
 from trainer.evaluation.selection import select, standard_error
 from trainer.training.halving import rungs, split
 
@@ -54,6 +56,23 @@ def test_all_but_one_of_eta_are_stopped(losses, eta, expected):
     assert [losses[k] for k in kept] == sorted(losses[k] for k in kept)
     assert split(dict(reversed(losses_by_prompt.items())), eta) == (kept, stopped)
     assert len(losses_by_prompt) - len(expected) == math.ceil(len(losses_by_prompt) / eta)
+
+
+def test_planned_steps_are_those_of_the_prompts_that_rungs_keep():
+    """Of four prompts that learn labels, two stop at the rung; of each teacher's one, none."""
+    labels = [{"name": f"p{i}"} for i in range(4)]
+    distilled = [{"name": t, "objective": "distill", "teacher": t} for t in ("a", "b")]
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "out",
+            "base": {"model": "m"},
+            "tasks": [{"name": "t", "train": "x.jsonl", "input": "{x}", "target": "{y}"}],
+            "prompts": [{"task": "t", **prompt} for prompt in [*labels, *distilled]],
+            "training": {"steps": 10},
+            "search": {"halving": {"eta": 2, "first": 6}},
+        }
+    )
+    assert _prompt_steps(config) == 4 * 6 + 2 * 4 + 2 * 10
 
 
 def entry(name: str, tokens: int, accuracy: float, loss: float = 1.0, **end: bool) -> Entry:

@@ -78,7 +78,8 @@ class Halving(Section):
 
     Rungs are the steps first, first * eta, first * eta^2 and so on. At a rung, all active prompts
     are validated. Of the n active prompts of a task, the best ceil(n / eta) continue, by the task's
-    metric and then by validation loss.
+    metric and then by validation loss. Prompts that learn from a teacher are compared only with
+    those of the same teacher.
     """
 
     eta: Annotated[

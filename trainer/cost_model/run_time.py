@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from trainer.config import Prompt, RunConfig
 from trainer.cost_model.hardware import Device
@@ -66,8 +67,9 @@ def _prompt_steps(config: RunConfig) -> int:
     if halving is None:
         return sum(config.prompt_steps(prompt) for prompt in config.prompts)
     total = 0
-    for task in config.tasks:
-        active, before = sum(prompt.task == task.name for prompt in config.prompts), 0
+    # Each teacher's prompts are compared among themselves.
+    for active in Counter((prompt.task, prompt.teacher) for prompt in config.prompts).values():
+        before = 0
         for step in [*sorted(rungs(halving, last)), last]:
             total += active * (step - before)
             before, active = step, math.ceil(active / halving.eta)
