@@ -300,7 +300,7 @@ def test_an_unknown_section_made_by_an_override_names_the_override(run_file):
             "- name: two",
             "- name: a b",
             15,
-            "prompts[1].name: 'a b' string should match pattern",
+            "prompts[1].name: 'a b' must be letters, digits and . _ -",
         ),
         (
             "- name: two",
@@ -373,12 +373,20 @@ def test_learning_rates_may_be_written_as_people_write_them(run_file, value):
     )
 
 
+def test_values_are_shown_as_in_yaml(run_file):
+    assert problems_of(run_file(), "evaluation=", "tracking.tensorboard=2") == [
+        "override 'evaluation=': evaluation: is empty; remove it, or give a setting: every, "
+        "early_stopping, train_rows",
+        "override 'tracking.tensorboard=2': tracking.tensorboard: 2 is neither true nor false",
+    ]
+
+
 @pytest.mark.parametrize("section", ["tasks", "prompts"])
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
         ("[]", "[] is empty; give at least one"),
-        ("null", "None must be a list; start every item with a dash"),
+        ("null", "null must be a list; start every item with a dash"),
         ("triage", "'triage' must be a list; start every item with a dash"),
     ],
 )

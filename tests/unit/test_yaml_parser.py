@@ -77,6 +77,7 @@ def test_values(text: str, value: Any) -> None:
         ("[a]: 1", "a key must be text"),
         ("a: {{ text }}", "a key must be text, .*; put a text with braces in quotes"),
         ("a:\n\tb: 1", "line 2: not valid YAML: .*; indent with spaces, not with tabs"),
+        ("a: *.jsonl", r"not valid YAML: .*; put a text that begins with \* or & in quotes"),
         ("a: Text: {text}", "not valid YAML: .*; put a text with a colon in quotes"),
         ("a: {text} x", "not valid YAML: .*; put a text with braces, .* in double quotes"),
     ],

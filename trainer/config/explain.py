@@ -75,6 +75,8 @@ def _word(
         return _one_of(setting, value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
     if kind == "model_type":
         known = _settings(_section(model, path))
+        if value is None:
+            return f"{setting}: is empty; remove it, or give a setting: {', '.join(known)}"
         return f"{setting}: {shown(value)} must be a mapping; known: {', '.join(known)}"
     if kind in ("tuple_type", "too_long"):  # betas is the only list with a maximum
         return f"{setting}: {shown(value)} must be a list of two numbers, as [0.8, 0.99]"
@@ -84,6 +86,12 @@ def _word(
         return f"{setting}: {shown(value)} is empty; give at least one"
     if kind == "string_type":
         return f"{setting}: {shown(value)} must be a string; put it in quotes"
+    if kind == "string_pattern_mismatch":
+        is_name = item["ctx"]["pattern"].startswith("^")
+        rule = "must be letters, digits and . _ -, and begin with a letter or digit"
+        return f"{setting}: {shown(value)} {rule if is_name else 'is blank; write a text'}"
+    if kind in ("bool_parsing", "bool_type"):
+        return f"{setting}: {shown(value)} is neither true nor false"
     if kind in ("int_parsing", "int_type", "int_from_float"):
         return f"{setting}: {shown(value)} is not an integer"
     if kind in ("float_parsing", "float_type"):

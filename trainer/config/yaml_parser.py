@@ -50,6 +50,8 @@ _REMEDIES = {
     "correct the indentation",
     "found unknown escape character": "use single quotes, or write a backslash twice",
     "found unexpected end of stream": "close the quotes",
+    "did not find expected alphabetic or numeric character": "put a text that begins with * or & "
+    "in quotes",
 }
 
 

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,5 +226,6 @@ def _cut(override: str) -> str:
 
 
 def shown(value: Any, width: int = 80) -> str:
-    text = repr(value)
+    """Format a value for a message: null, true and false as in YAML, others as in Python."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
