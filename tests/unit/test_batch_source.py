@@ -9,7 +9,9 @@ from typing import Any
 
 from tests.unit.test_task_data import write
 from tests.unit.test_tokenize import make_tokenizer
-from trainer.data.task_data import load_tasks
+from trainer.config import Task
+from trainer.data.splits import load_splits, remarks
+from trainer.data.task_data import TaskData, load_tasks
 from trainer.packing.batch_source import BatchSource
 
 
@@ -58,3 +60,36 @@ def test_one_data_seed_is_one_order_whatever_else_differs(tmp_path):
     for prompt in prompts[1:3]:
         alone = rows_read(tmp_path, [prompt], 20)
         assert [step[prompt["name"]] for step in alone] == [s[prompt["name"]] for s in together]
+
+
+def test_an_update_of_several_epochs_is_noted(tmp_path: Path) -> None:
+    """It has the gradient of one epoch, and takes longer."""
+
+    prompts = [{"name": "p", "init": "random", "num_virtual_tokens": 2}]
+
+    def load(tokens_per_step: int) -> TaskData:
+        training = {"tokens_per_step": tokens_per_step}
+        config = write(tmp_path, ["a b", "c d", "b e"], prompts, training)
+        return load_tasks(config, make_tokenizer(), 40, 100)[config.tasks[0].name]
+
+    tokens = int(load(1).train.own_lengths.sum())
+    assert load(2 * tokens - 1).notes == []
+    (note,) = load(5 * tokens).notes
+    assert "each of the 3 train rows 5.0 times" in note
+    assert f"training.tokens_per_step={tokens} " in note
+
+
+def test_a_source_whose_weight_is_less_than_a_row_is_noted(tmp_path: Path) -> None:
+    sources = []
+    for name, count, weight in (("many", 30, 1.0), ("few", 5, 0.0001)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f'{{"text": "{name} {i}", "label": "x"}}\n' for i in range(count)))
+        sources.append({"path": str(path), "weight": weight})
+    settings: dict[str, Any] = {"input": "{text}", "target": "{label}", "validation_share": 0}
+    task = Task.model_validate({"name": "t", "train": sources, **settings})
+    lines = remarks(task, load_splits(task))
+    assert any(
+        "t: train: source 2 of 2 is never read: with weight 0.0001 it has less than one of the 35 "
+        "rows" in line
+        for line in lines
+    ), lines

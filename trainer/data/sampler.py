@@ -170,7 +170,7 @@ class EpochPermutation:
         weights = [component.weight for _, component in self._components]
         self._weights = [weight for weight in weights if weight is not None]
         assert len(self._weights) in (0, len(weights)), "all components have weights, or none"
-        self._counts = _shares(self._size, self._weights)
+        self._counts = weighted_counts(self._size, self._weights)
 
     @property
     def identity(self) -> str:
@@ -228,7 +228,7 @@ def _split_mix(start: int, count: int) -> NDArray[np.uint64]:
     return mix_bits(np.uint64(start) + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
 
 
-def _shares(total: int, weights: Sequence[float]) -> list[int]:
+def weighted_counts(total: int, weights: Sequence[float]) -> list[int]:
     """Divide ``total`` into integers by weight: largest remainder, ties to the earlier."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]

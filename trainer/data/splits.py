@@ -18,6 +18,7 @@ from trainer.data.dataset import MixtureComponent, RowDataset
 from trainer.data.ingest import IngestedFile, OnRows, ingest
 from trainer.data.row_hashing import find_leaks, first_by_hash, split_by_hash
 from trainer.data.row_validation import Problems, merge_problems
+from trainer.data.sampler import weighted_counts
 from trainer.runtime.errors import BadInput
 
 SPLITS = ("train", "validation", "shifted_validation")
@@ -83,6 +84,14 @@ def remarks(task: Task, splits: Mapping[str, RowDataset]) -> list[str]:
             total = sum(weight or 0 for weight in weights)
             shares = ", ".join(f"{(weight or 0) / total:.1%}" for weight in weights)
             lines.append(f"task {task.name}: {name}: mixed by weight: {shares} of every epoch")
+            counts = weighted_counts(len(rows), [weight or 0 for weight in weights])
+            for number, (count, weight) in enumerate(zip(counts, weights, strict=True), 1):
+                if count == 0:
+                    lines.append(
+                        f"task {task.name}: {name}: source {number} of {len(weights)} is never "
+                        f"read: with weight {weight:g} it has less than one of the {len(rows):,} "
+                        "rows of an epoch; raise its weight or remove it"
+                    )
     if task.validation is None and "validation" in splits:
         held_out = len(splits["validation"])
         lines.append(

@@ -154,7 +154,7 @@ class TaskData:
             compared on the same rows.
         leaks: splits that share rows with train.
         remarks: notes about the sources of the rows.
-        notes, warnings: of tokenization.
+        notes, warnings: of tokenization and of updates.
         sources: path, rows and digest of each split.
         teachers: name of a distilled prompt -> its teacher.
     """
@@ -224,6 +224,8 @@ def load_tasks(
             )
             data = loader.load(splits, read_progress)
             data.teachers = of_task
+            if "train" in splits:
+                data.notes += _repeated_rows(data, config.training.tokens_per_step)
             _check_teachers(data)
             if not task.is_chat:
                 data.warnings += merge_warnings(task, prompts, tokenizer, data.train_rows[0])
@@ -233,6 +235,18 @@ def load_tasks(
     if problems:
         raise BadInput(problems)
     return tasks
+
+
+def _repeated_rows(data: TaskData, tokens_per_step: int) -> list[str]:
+    """Note that every update reads all train rows several times, which only takes longer."""
+    tokens = int(data.train.own_lengths.sum())
+    if tokens_per_step < 2 * tokens:
+        return []
+    return [
+        f"task {data.task.name}: an update reads each of the {len(data.train):,} train rows "
+        f"{tokens_per_step / tokens:.1f} times (training.tokens_per_step: {tokens_per_step:,}); "
+        f"training.tokens_per_step={tokens} reads them once and is faster"
+    ]
 
 
 def row_room(
