@@ -37,6 +37,8 @@ _EXPERT = re.compile(r"\.experts?\b.*\.(\d+)\.|\.experts\.")
 _ROUTER = re.compile(r"\.(gate|router|router\.(layer|classifier))\.weight$")
 #: Linear layers of GPT-2, whose matrices are stored transposed.
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+#: The MLP's products, of which the last layer computes few positions.
+_MLP = re.compile(r"\.mlp\.")
 #: The last product of a layer, which is not repeated when the layer is recomputed in backward.
 _LAST = re.compile(r"\b(down_proj|w2|fc2|fc_out|dense_4h_to_h|mlp\.c_proj|output_linear)\b")
 
@@ -61,6 +63,7 @@ class Weight:
         used: share of the elements that multiply each token: 0 for vectors and tables, below 1 for
             experts.
         last: the product is not repeated when the layer is recomputed.
+        mlp: one of the MLP's products.
         layer: index of its layer; None outside the layers.
     """
 
@@ -70,6 +73,7 @@ class Weight:
     unit: int = 1
     used: float = 0.0
     last: bool = False
+    mlp: bool = False
     layer: int | None = None
 
     @property
@@ -156,6 +160,13 @@ class BaseShape:
         own = (w for w in self.weights if w.layer is not None and not w.last)
         return sum(weight.used * weight.elements for weight in own)
 
+    @property
+    def last_mlp(self) -> tuple[float, float]:
+        """``multiplied`` and ``recomputed`` of the last layer's MLP; 0 without one."""
+        own = [weight for weight in self._layers()[-1] if weight.mlp]
+        multiplied = sum(weight.used * weight.elements for weight in own)
+        return multiplied, multiplied - sum(w.used * w.elements for w in own if w.last)
+
 
 def read_base_shape(
     headers: Mapping[str, Header],
@@ -237,7 +248,13 @@ class _Reader:
             used = chosen / count
         rows = elements // self._inputs(key, header) if int8 else 0
         return Weight(
-            elements, stored, rows, used=used, last=_LAST.search(key) is not None, layer=layer
+            elements,
+            stored,
+            rows,
+            used=used,
+            last=_LAST.search(key) is not None,
+            mlp=_MLP.search(key) is not None,
+            layer=layer,
         )
 
     def _is_linear(self, key: str, header: Header, layer: int | None) -> bool:

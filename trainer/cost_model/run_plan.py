@@ -391,8 +391,8 @@ def option_bytes(
         total = needs.base.gathered_bytes
         gathered = min(total, placement.kept_bytes + live_bytes(needs.base))
     memory = replace(memory, margin=1.0)
-    activations = int(cost.tokens * memory.peak(checkpointing))
-    temporary = activations - int(cost.tokens * memory.saved(checkpointing))
+    activations = int(cost.tokens * memory.peak(checkpointing, cost.unread))
+    temporary = activations - int(cost.tokens * memory.saved(checkpointing, cost.unread))
     copies = int(DEQUANTIZED_COPIES * device.itemsize * needs.base.largest_quantized)
     if _multiplies_int8(needs, device):
         copies = 0

@@ -1,8 +1,9 @@
 """FLOPs, gathered bytes and saved bytes of one step. Imports no torch.
 
 Formulas: a frozen linear layer of P elements takes 2P FLOPs per token forward and 2P for the
-input-gradient; a recomputed one 2P more. A rank receives (s - 1)/s of the bytes that it gathers
-from a shard group of s ranks (ring all-gather).
+input-gradient; a recomputed one 2P more. The MLP of the last layer computes only the tokens that
+predict a label. A rank receives (s - 1)/s of the bytes that it gathers from a shard group of s
+ranks (ring all-gather).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StepCost:
         exchanged_bytes: embeddings, hidden states sent to the head, or the head itself.
         saved_bytes: from forward to backward of the largest packed batch.
         logits_bytes: of the largest slice of logits.
-        tokens: of the largest packed batch.
+        tokens: of the largest packed batch; a share ``unread`` of them predicts no label.
         micro_batches: packed batches of each rank.
     """
 
@@ -53,6 +54,7 @@ class StepCost:
     linear_flops: float = 0.0
     attention_flops: float = 0.0
     step_tokens: int = 0
+    unread: float = 0.0
 
 
 def step_cost(
@@ -72,7 +74,8 @@ def step_cost(
     largest = max(batches, key=lambda batch: batch.tokens)
     passes = 3 if largest.teacher is not None else 2
     layers = _gathered_layers(base, placement, len(work[0]), passes)
-    saved = largest.tokens * replace(memory, margin=1.0).saved(checkpointing)
+    unread = 1 - largest.read / largest.tokens
+    saved = largest.tokens * replace(memory, margin=1.0).saved(checkpointing, unread)
     flops = [step_flops(base, memory, rank, checkpointing=checkpointing) for rank in work]
     linear, attention, head = max(flops, key=sum)
     return StepCost(
@@ -85,6 +88,7 @@ def step_cost(
         micro_batches=len(work[0]),
         linear_flops=linear,
         attention_flops=attention,
+        unread=unread,
         step_tokens=max(sum(batch.tokens for batch in rank) for rank in work),
     )
 
@@ -101,16 +105,23 @@ def step_flops(
     scores = sum(batch.scores for batch in batches)
     sizes = memory.sizes
     linear = 2 * (2 * base.multiplied + checkpointing * base.recomputed) * tokens
+    mlp, mlp_again = base.last_mlp if sizes.limits_last_mlp else (0.0, 0.0)
+    linear -= 2 * (2 * mlp + checkpointing * mlp_again) * (tokens - _read(batches))
     passes = (1 + checkpointing) * FORWARD_SCORES + BACKWARD_SCORES
     attention = passes * scores * sizes.query_width * sizes.layers
     taught = [batch.teacher for batch in batches if batch.teacher is not None]
-    linear += 2 * base.multiplied * sum(teacher.tokens for teacher in taught)
+    taught_tokens = sum(teacher.tokens for teacher in taught)
+    linear += 2 * (base.multiplied * taught_tokens - mlp * (taught_tokens - _read(taught)))
     scores = sum(teacher.scores for teacher in taught)
     attention += FORWARD_SCORES * scores * sizes.query_width * sizes.layers
     distilled = sum(batch.distilled for batch in batches)
     products = HEAD_PASSES * (labels - distilled) + DISTILLED_PASSES * distilled
     head = products * 2 * base.vocab_size * base.hidden
     return linear, attention, head
+
+
+def _read(batches: Sequence[BatchWork]) -> int:
+    return sum(batch.read for batch in batches)
 
 
 def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int, passes: int) -> int:

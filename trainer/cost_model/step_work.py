@@ -26,6 +26,7 @@ class BatchWork:
     Attributes:
         tokens: of the packed batch, virtual tokens included.
         labels: tokens to predict.
+        read: distinct positions that predict them.
         ids: distinct token ids, whose embeddings are looked up, ascending.
         scores: products of a query with a key, per attention head, padding of buckets included.
         distilled: labels that learn from a teacher.
@@ -34,6 +35,7 @@ class BatchWork:
 
     tokens: int
     labels: int
+    read: int
     ids: NDArray[np.int64]
     scores: int
     distilled: int = 0
@@ -65,7 +67,7 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
     ids: set[int] = set()
     segments: list[tuple[int, int]] = []  # length, length of what precedes it
     before: dict[object, int] = {None: 0}
-    tokens = 0
+    tokens = read = 0
     for key in keys:
         own = segment_length(key, lengths.tokens)
         past = 0 if key[0] == NO_PROMPT else lengths.past[key[0]]
@@ -80,6 +82,7 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
             prefix = before[row.segment_key] if part.parent < 0 else ends[part.parent]
             segments.append((part.stop - part.start, prefix))
             ends.append(prefix + part.stop - part.start)
+        read += len({i for target in tree.targets for i in target.positions if i >= 0})
         ids.update(tree.token_ids)
         tokens += len(tree.token_ids)
     scores = 0
@@ -87,4 +90,8 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
         longest = group[0][0]
         scores += len(group) * longest * (longest + max(prefix for _, prefix in group))
     labels = sum(len(target.labels) for row in rows for target in row.tree.targets)
-    return BatchWork(tokens, labels, np.array(sorted(ids), np.int64), scores)
+    # Rows without text before their label are predicted from the last position of their prompt.
+    read += len(
+        {r.segment_key for r in rows if any(i < 0 for t in r.tree.targets for i in t.positions)}
+    )
+    return BatchWork(tokens, labels, read, np.array(sorted(ids), np.int64), scores)

@@ -37,6 +37,8 @@ class Family:
             tokens; empty if the model scales both or neither.
         no_prefix_tuning: reason why prefix tuning is not supported; empty if it is supported.
         shared_expert: an MLP of intermediate_size beside the experts, without a setting of its own.
+        limits_last_mlp: see ``LayerSizes``; False if ``trainer.model.layers.last_mlp`` does not
+            apply to the layers.
         mlp_tensors, norm_inputs, wide_norms, layer_norm, query_norms, keeps_scores: activations
             that a layer saves for backward, see ``trainer.packing.activation_memory.LayerSizes``.
             The defaults describe a gated MLP and norms of the layer, queries and keys; see
@@ -50,6 +52,7 @@ class Family:
     scale_of_ids: str = ""
     no_prefix_tuning: str = ""
     shared_expert: bool = False
+    limits_last_mlp: bool = True
     mlp_tensors: int = 2
     norm_inputs: int = 2
     wide_norms: bool = False
@@ -67,21 +70,26 @@ _BIDIRECTIONAL = {
 #: Families to which the defaults of ``Family`` apply.
 _PLAIN = """
     cwm dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe glm glm4_moe glm4v_moe_text granite
-    granitemoe granitemoeshared hunyuan_v1_dense llama mellum minimax_m2 ministral ministral3
+    hunyuan_v1_dense llama mellum minimax_m2 ministral ministral3
     mistral mixtral olmoe phi3 qwen2 qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_moe
     qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 stablelm
 """
-_UNGATED = ("biogpt", "falcon", "gpt_bigcode", "gpt_neox", "opt", "phi", "starcoder2")
+_UNGATED = ("falcon", "gpt_bigcode", "gpt_neox", "phi", "starcoder2")
 _WIDE = ("cohere2", "flex_olmo", "helium", "nanochat", "olmo2", "olmo3")
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN.split(), Family()),
     **dict.fromkeys(("llama", "mistral", "phi3", "qwen2"), Family(query_norms=False)),
     **dict.fromkeys(_UNGATED, Family(mlp_tensors=1, layer_norm=True)),
+    **dict.fromkeys(
+        ("biogpt", "opt"), Family(limits_last_mlp=False, mlp_tensors=1, layer_norm=True)
+    ),
+    **dict.fromkeys(("granitemoe", "granitemoeshared"), Family(limits_last_mlp=False)),
     **dict.fromkeys(_WIDE, Family(wide_norms=True)),
     **dict.fromkeys(("afmoe", "cohere"), Family(norm_inputs=4, wide_norms=True)),
     **dict.fromkeys(("arcee", "jais2", "nemotron"), Family(mlp_tensors=1)),
-    **dict.fromkeys(("bloom", "gptj"), Family(cached_attention="eager", mlp_tensors=1)),
+    "bloom": Family(cached_attention="eager", limits_last_mlp=False, mlp_tensors=1),
+    "gptj": Family(cached_attention="eager", mlp_tensors=1),
     **dict.fromkeys(("codegen", "gpt_neo"), Family(cached_attention="eager")),
     **dict.fromkeys(
         ("deepseek_v2", "glm4_moe_lite"), Family(no_prefix_tuning=_TWO_SIZES, norm_inputs=3)
@@ -119,7 +127,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family(cached_attention="eager", mlp_tensors=6, wide_norms=True, keeps_scores=True),
     "hunyuan_v1_moe": Family(shared_expert=True, norm_inputs=3),
-    "llama4_text": Family(shared_expert=True, norm_inputs=4),
+    "llama4_text": Family(shared_expert=True, limits_last_mlp=False, norm_inputs=4),
     "mpt": Family(
         packed=False,
         cached_attention="eager",
@@ -339,6 +347,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
         recurrent=recurrent,
         recurrent_work=recurrent_work,
         cached_width=_latent_width(config, key_heads) if latent else 0,
+        limits_last_mlp=family.packed and family.limits_last_mlp,
     )
 
 

@@ -22,6 +22,7 @@ from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.decode_step import DecodeStep, insert_prompts
 from trainer.model.families import context_length, family_of
+from trainer.model.layers.last_mlp import limit_last_mlp
 from trainer.model.layers.lm_head import LabelLosses
 from trainer.model.per_layer_inputs import id_rules, ids_with_padding, look_up
 from trainer.packing.packed_batch import PackedBatch
@@ -77,6 +78,7 @@ class PromptedBase(nn.Module):
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
+        self._read = limit_last_mlp(model.base_model)
         self._padding = id_rules(model.config).padding
         self._last_position = context_length(model.config) - 1
         parameters = inspect.signature(model.base_model.forward).parameters
@@ -106,6 +108,7 @@ class PromptedBase(nn.Module):
                 one prompt.
             teacher_DH: the teacher's hidden states for the distilled positions of a packed batch.
         """
+        self._read.distinct_U = None
         if isinstance(inputs, PackedBatch):
             return ForwardResult(losses=self._losses(inputs, virtual_tokens, teacher_DH))
         if isinstance(inputs, HiddenStatesRequest):
@@ -161,6 +164,7 @@ class PromptedBase(nn.Module):
         layout = with_past(batch.layout or make_layout(batch.segments, hidden_TH.device), past)
         if self.flex:
             layout = with_flex(layout, batch.segments)
+        self._read.distinct_U = batch.distinct_U  # also in backward, which may recompute the layer
         output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[None],
             position_ids=batch.position_ids_T[None],

@@ -60,6 +60,8 @@ class LayerSizes:
         recurrent_work: fp32 elements per token of its largest temporary tensor.
         cached_width: elements that the cache of one layer has for a token; 0: a key and a value of
             ``key_width``.
+        limits_last_mlp: the last layer's MLP computes only the positions that predict a label
+            (``trainer.model.layers.last_mlp``).
     """
 
     layers: int
@@ -79,6 +81,7 @@ class LayerSizes:
     recurrent: int = 0
     recurrent_work: int = 0
     cached_width: int = 0
+    limits_last_mlp: bool = False
 
     @property
     def mlp(self) -> int:
@@ -141,9 +144,12 @@ class BatchMemory:
         if s.query_norms and not s.layer_norm:
             norms += s.query_width + s.key_width
         norms *= 4 if s.wide_norms else item
-        mlp = item * s.mlp_tensors * s.mlp
+        return self.margin * (norms + self._attention() + 4 * s.recurrent) + self._mlp()
+
+    def _mlp(self) -> float:
+        s, item = self.sizes, self.itemsize
         routed = s.experts_per_token * (item * s.hidden + 32)
-        return self.margin * (norms + mlp + routed + self._attention() + 4 * s.recurrent)
+        return self.margin * (item * s.mlp_tensors * s.mlp + routed)
 
     def _attention(self) -> float:
         s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
@@ -157,31 +163,48 @@ class BatchMemory:
             return item * (queries + gathered + keys) + 4 * s.heads  # mask and log-sum-exp
         return item * (queries + gathered) + keys * (s.heads * (item + 4 + item % 4) + 1)
 
-    def saved(self, checkpointing: bool) -> float:
-        """Return the bytes that the whole model saves from forward to backward."""
+    def saved(self, checkpointing: bool, unread: float = 0.0) -> float:
+        """Return the bytes that the whole model saves from forward to backward.
+
+        Args:
+            unread: share of the positions that predict no label.
+        """
         s = self.sizes
         layer = s.hidden * self.itemsize if checkpointing else self.layer()
+        last = layer if checkpointing else self._last_layer(unread)
         # The norm after the layers, gradients at labels (of one token in 8), rotary embeddings,
         # indices of buckets.
         ends = 4 * (1.125 * s.hidden + 2 * s.query_width / s.heads) + 32
-        return self.rows.padding * (s.layers * layer + ends)
+        return self.rows.padding * ((s.layers - 1) * layer + last + ends)
 
-    def peak(self, checkpointing: bool) -> float:
-        """Return the peak: all saved bytes, and the buffers of one layer."""
+    def peak(self, checkpointing: bool, unread: float = 0.0) -> float:
+        """Return the peak: all saved bytes, and the buffers of one layer.
+
+        It is reached in the last layer or, if that computes fewer positions, in the one before,
+        when the bytes of the last one are free again.
+        """
         s = self.sizes
         losses = 12 * s.hidden
-        again = self.layer() if checkpointing else 0
-        at_work = max(self.at_work(), losses)
-        return self.saved(checkpointing) + self.rows.padding * (again + at_work)
+        before = max(self.at_work(), losses)
+        last = max(self.at_work(unread), losses * (1 - unread))
+        freed = self._last_layer(unread)
+        if checkpointing:  # the layer at work is recomputed
+            last, before, freed = last + freed, before + self.layer(), s.hidden * self.itemsize
+        at_peak = max(last, before - freed)
+        return self.saved(checkpointing, unread) + self.rows.padding * at_peak
 
-    def at_work(self) -> float:
-        """Return the bytes of the buffers of one layer."""
+    def _last_layer(self, unread: float) -> float:
+        return self.layer() - (unread * self._mlp() if self.sizes.limits_last_mlp else 0)
+
+    def at_work(self, unread: float = 0.0) -> float:
+        """Return the bytes of the buffers of one layer, whose MLP skips a share of positions."""
         s = self.sizes
+        read = 1 - unread if s.limits_last_mlp else 1
         # Of experts: inputs and outputs, sorted by expert and in the order of tokens.
-        routed = 4 * self.itemsize * s.hidden * s.experts_per_token
+        routed = 4 * self.itemsize * s.hidden * s.experts_per_token * read
         # Attention and MLP: queries, keys and values with gradients; at most three of MLP width.
         attention = 2 * (s.query_width + 2 * s.key_width)
-        inner = max(attention, min(3, 1 + s.mlp_tensors) * s.mlp)
+        inner = max(attention, min(3, 1 + s.mlp_tensors) * s.mlp * read)
         return max(4 * (3 * s.hidden + inner) + routed, 4 * s.recurrent_work)
 
     def cached(self) -> int:

@@ -96,6 +96,7 @@ class PackedBatch:
         label_prompt_N: index in the bank; -1 without a prompt.
         label_slot_N: ``PackedRow.slot`` of the row; -1 in a padding row.
         shared: the distinct label positions if rows have candidates; otherwise None.
+        distinct_U: the distinct label positions, ascending.
         layout: of attention over the segments, if prefetching has prepared it.
         distilled_D: indices of the labels that learn from a teacher.
         teacher: batch of the rows with a teacher, after its text; its labels are the D distilled
@@ -113,6 +114,7 @@ class PackedBatch:
     labels_N: Tensor
     label_prompt_N: Tensor
     label_slot_N: Tensor
+    distinct_U: Tensor
     shared: SharedPositions | None = None
     layout: Any = None
     distilled_D: Tensor | None = None
@@ -234,9 +236,7 @@ class _BatchBuilder:
         first_row: int,
     ) -> PackedBatch:
         label_positions_N = torch.tensor(self.label_positions)
-        shared = None
-        if self.any_candidates:
-            shared = SharedPositions(*label_positions_N.unique(return_inverse=True))
+        distinct_U, place_N = label_positions_N.unique(return_inverse=True)
         return PackedBatch(
             token_ids_T=torch.tensor(self.token_ids),
             position_ids_T=torch.tensor(self.position_ids),
@@ -248,7 +248,8 @@ class _BatchBuilder:
             labels_N=torch.tensor(self.labels),
             label_prompt_N=torch.tensor(self.label_prompt),
             label_slot_N=torch.tensor(self.label_slot),
-            shared=shared,
+            distinct_U=distinct_U,
+            shared=SharedPositions(distinct_U, place_N) if self.any_candidates else None,
             distilled_D=torch.tensor(self.distilled, dtype=torch.long),
         )
 
