@@ -411,6 +411,7 @@ def test_one_column_has_no_delimiter(tmp_path):
         (b"PK\x03\x04\x14\xff", "it is an Excel workbook or a zip archive; save it as .csv"),
         (b"PAR1\x15\xff", "it is a parquet file; name it .parquet"),
     ],
+    ids=["gzip", "zip", "parquet"],  # the bytes of gzip contain the time
 )
 def test_a_file_of_another_format_is_named(start, remedy, tmp_path):
     for name in ("d.csv", "d.jsonl", "d.txt"):
