@@ -158,6 +158,8 @@ def test_plan_predicts_what_a_run_measures(
     assert cost.gathered_bytes == pytest.approx(most("gathered"), rel=0.05)
     assert cost.flops == pytest.approx(most("flops"), rel=0.03)
     assert cost.saved_bytes / cost.tokens == pytest.approx(most("saved_per_token"), rel=0.10)
-    # At the peak of a prefix, fewer layers are gathered than planned.
-    tolerance = 0.25 if case == "mistral-prefix" else 0.15
-    assert option.bytes.needed == pytest.approx(most("base") + most("peak"), rel=tolerance)
+    # At the peak, which varies with the allocator, fewer layers may be gathered than planned,
+    # mostly of a prefix. A plan that is too high is safe.
+    most_over = 1.35 if case == "mistral-prefix" else 1.2
+    needed = most("base") + most("peak")
+    assert 0.85 * needed <= option.bytes.needed <= most_over * needed
