@@ -615,6 +615,22 @@ def test_parameters_and_active_parameters_are_those_published(name: str) -> None
     assert shape.resident_bytes(1) == pytest.approx(elements + tables, rel=0.015)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_mlp_of_the_last_layer_is_found_by_its_names(name: str) -> None:
+    model = MODELS[name]
+    config, headers = config_of(model), headers_of(model)
+    if model.types:
+        headers = headers_of_values(headers)
+    shape = base_shape_of(headers, config, Base(model=name), itemsize=2)
+    text = config.get_text_config()
+    if not layer_sizes(text).limits_last_mlp:
+        return
+    multiplied, recomputed = shape.last_mlp
+    last = [w for w in shape.weights if w.layer == text.num_hidden_layers - 1]
+    assert 0.3 < multiplied / sum(w.used * w.elements for w in last) < 1
+    assert 0 < recomputed < multiplied
+
+
 @pytest.mark.parametrize(
     ("name", "width"),
     [("Llama-3.1-8B", 1024), ("Gemma-2-9B", 2048), ("Falcon-7B", 64), ("Falcon-40B", 8192)],

@@ -38,7 +38,7 @@ _ROUTER = re.compile(r"\.(gate|router|router\.(layer|classifier))\.weight$")
 #: Linear layers of GPT-2, whose matrices are stored transposed.
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 #: The MLP's products, of which the last layer computes few positions.
-_MLP = re.compile(r"\.mlp\.")
+_MLP = re.compile(r"\.(mlp|block_sparse_moe)\.")
 #: The last product of a layer, which is not repeated when the layer is recomputed in backward.
 _LAST = re.compile(r"\b(down_proj|w2|fc2|fc_out|dense_4h_to_h|mlp\.c_proj|output_linear)\b")
 
