@@ -74,8 +74,8 @@ def test_segments_of_a_row_with_branches():
     assert batch.label_slot_N.tolist() == [4] * len(labels)
     scored = build_packed_batch([PackedRow(TREE, 0, 4, candidates=(TREE,))], [3])
     assert scored.segments == batch.segments
-    assert scored.shared is not None
-    assert scored.shared.position_U[scored.shared.place_N].tolist() == before
+    assert scored.place_N is not None
+    assert scored.distinct_U[scored.place_N].tolist() == before
 
 
 @pytest.mark.parametrize("packed", [True, False])

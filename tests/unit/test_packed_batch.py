@@ -111,8 +111,8 @@ def test_candidates_share_the_tokens_of_their_row():
     assert batch.labels_N.tolist() == [7, 8, 9, 5, 8, 6]
     assert batch.label_positions_N.tolist() == [4, 4, 5, 6, 4, 7]
     assert batch.label_slot_N.tolist() == [4, 5, 5, 5, 6, 6]
-    assert batch.shared.position_U.tolist() == [4, 5, 6, 7]
-    assert batch.shared.place_N.tolist() == [0, 0, 1, 2, 0, 3]
+    assert batch.distinct_U.tolist() == [4, 5, 6, 7]
+    assert batch.place_N.tolist() == [0, 0, 1, 2, 0, 3]
 
 
 @pytest.mark.parametrize(("prompt", "virtual"), [(None, 0), (0, P)])

@@ -109,7 +109,7 @@ def candidate_rows(
     """Yield all candidates of all rows of all requests; slots number them in this order.
 
     The base reads the text that all rows share once per packed batch, and a row's text once for all
-    its candidates. All packed batches have ``PackedBatch.shared``, because ranks that share a head
+    its candidates. All packed batches have ``PackedBatch.place_N``, because ranks that share a head
     must agree on it.
 
     Args:

@@ -130,11 +130,10 @@ class PromptedBase(nn.Module):
     ) -> LabelLosses:
         # The head gets only the N positions that predict a label.
         hidden_NH = self._hidden(batch, virtual_tokens)
-        place_N = None if batch.shared is None else batch.shared.place_N
-        assert place_N is None or teacher_DH is None, "distilled rows have one target"
+        assert batch.place_N is None or teacher_DH is None, "distilled rows have one target"
         distilled_D = None if teacher_DH is None else batch.distilled_D
         losses: LabelLosses = self.model.get_output_embeddings()(
-            hidden_NH, batch.labels_N, teacher_DH, distilled_D, place_N
+            hidden_NH, batch.labels_N, teacher_DH, distilled_D, batch.place_N
         )
         return losses
 

@@ -66,19 +66,6 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class SharedPositions:
-    """Distinct positions that predict labels, so that the head reads each of them once.
-
-    Attributes:
-        position_U: distinct positions in the packed batch.
-        place_N: index of each label's position in ``position_U``.
-    """
-
-    position_U: Tensor
-    place_N: Tensor
-
-
-@dataclass(frozen=True)
 class PackedBatch:
     """The input of one forward of the base.
 
@@ -95,8 +82,9 @@ class PackedBatch:
         labels_N: ids of the tokens to predict.
         label_prompt_N: index in the bank; -1 without a prompt.
         label_slot_N: ``PackedRow.slot`` of the row; -1 in a padding row.
-        shared: the distinct label positions if rows have candidates; otherwise None.
         distinct_U: the distinct label positions, ascending.
+        place_N: index of each label's position in ``distinct_U`` if rows have candidates, whose
+            labels share positions, so that the head reads each of them once; otherwise None.
         layout: of attention over the segments, if prefetching has prepared it.
         distilled_D: indices of the labels that learn from a teacher.
         teacher: batch of the rows with a teacher, after its text; its labels are the D distilled
@@ -115,7 +103,7 @@ class PackedBatch:
     label_prompt_N: Tensor
     label_slot_N: Tensor
     distinct_U: Tensor
-    shared: SharedPositions | None = None
+    place_N: Tensor | None = None
     layout: Any = None
     distilled_D: Tensor | None = None
     teacher: PackedBatch | None = None
@@ -123,7 +111,7 @@ class PackedBatch:
     @property
     def read_positions(self) -> Tensor:
         """Positions whose hidden states the head reads: U distinct ones, or one per label, [N]."""
-        return self.label_positions_N if self.shared is None else self.shared.position_U
+        return self.label_positions_N if self.place_N is None else self.distinct_U
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy to the device, from pinned memory without waiting."""
@@ -249,7 +237,7 @@ class _BatchBuilder:
             label_prompt_N=torch.tensor(self.label_prompt),
             label_slot_N=torch.tensor(self.label_slot),
             distinct_U=distinct_U,
-            shared=SharedPositions(distinct_U, place_N) if self.any_candidates else None,
+            place_N=place_N if self.any_candidates else None,
             distilled_D=torch.tensor(self.distilled, dtype=torch.long),
         )
 
