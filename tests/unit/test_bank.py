@@ -556,8 +556,8 @@ def test_another_first_prompt_of_a_share_is_refused() -> None:
     with pytest.raises(BadInput) as caught:
         make_bank([SHARES[i] for i in (2, 1, 0, 3)]).load_state_dict(bank.state_dict())
     assert caught.value.problems == [
-        "prompts.low-1: is no longer the first prompt of share 'common', with which the checkpoint "
-        "has the encoder; list the prompts of the share in their earlier order"
+        "prompts.low-1: was the first prompt of share 'common' in the run that wrote the "
+        "checkpoint; list the prompts of this share in the same order again"
     ]
 
 

@@ -77,14 +77,13 @@ def remarks(task: Task, splits: Mapping[str, RowDataset]) -> list[str]:
     """Describe the sources of rows: many files, mixture weights, rows held out."""
     lines = []
     for name, rows in splits.items():
-        weights = [component.weight for component in rows.components]
+        weights = [component.weight for component in rows.components if component.weight]
         if rows.num_files > 1 and (name != "validation" or task.validation is not None):
             lines.append(f"task {task.name}: {name}: {len(rows):,} rows of {rows.path}")
-        if name == "train" and len(weights) > 1 and all(weights):
-            total = sum(weight or 0 for weight in weights)
-            shares = ", ".join(f"{(weight or 0) / total:.1%}" for weight in weights)
+        if name == "train" and 1 < len(weights) == len(rows.components):
+            shares = ", ".join(f"{weight / sum(weights):.1%}" for weight in weights)
             lines.append(f"task {task.name}: {name}: mixed by weight: {shares} of every epoch")
-            counts = weighted_counts(len(rows), [weight or 0 for weight in weights])
+            counts = weighted_counts(len(rows), weights)
             for number, (count, weight) in enumerate(zip(counts, weights, strict=True), 1):
                 if count == 0:
                     lines.append(

@@ -62,9 +62,8 @@ def checkpoint_problems(
         }
         if theirs and not ours:
             problems.append(
-                f"prompts.{name}: is no longer the first prompt of share {prompt.share!r}, with "
-                "which the checkpoint has the encoder; list the prompts of the share in their "
-                "earlier order"
+                f"prompts.{name}: was the first prompt of share {prompt.share!r} in the run that "
+                "wrote the checkpoint; list the prompts of this share in the same order again"
             )
         elif ours != theirs and (theirs or prompt.share is None):
             problems.append(

@@ -124,7 +124,7 @@ class ArmBuilder:
         # A typo may add tokens; the text is cut rather than refused.
         task = self.task.model_copy(update={"too_long": "truncate"})
         variants: list[tuple[str, RowDataset, Task]] = []
-        if task.tokens is None:  # there is no text to change in rows of token ids
+        if task.tokens is None:  # rows of token ids have no text to change
             variants += [(change, changed_rows(plain, task, change), task) for change in CHANGES]
         variants += [(change, plain, other) for change, other in templates(task).items()]
         for arm in arms:
