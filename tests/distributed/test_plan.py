@@ -158,8 +158,8 @@ def test_plan_predicts_what_a_run_measures(
     assert cost.gathered_bytes == pytest.approx(most("gathered"), rel=0.05)
     assert cost.flops == pytest.approx(most("flops"), rel=0.03)
     assert cost.saved_bytes / cost.tokens == pytest.approx(most("saved_per_token"), rel=0.10)
-    # At the peak, which varies with the allocator, fewer layers may be gathered than planned,
-    # mostly of a prefix. A plan that is too high is safe.
-    most_over = 1.35 if case == "mistral-prefix" else 1.2
+    # Safe, but too high: at the peak of a prefix no layer may be gathered, and an encoder has no
+    # gradients yet.
+    most_over = {"mistral-prefix": 1.35, "qwen3-p-tuning": 1.2}.get(case, 1.15)
     needed = most("base") + most("peak")
     assert 0.85 * needed <= option.bytes.needed <= most_over * needed
