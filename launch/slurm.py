@@ -314,6 +314,7 @@ wait "$step"
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"
 code=$?
+wait  # for notify's loop: a job leaves no process
 
 job=$SLURM_JOB_ID
 [ -z "${{SLURM_ARRAY_JOB_ID:-}}" ] || job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID

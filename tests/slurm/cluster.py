@@ -117,7 +117,7 @@ class Cluster:
                 ["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=30
             )
             deadline = time.monotonic() + STOP_SECONDS
-            while self.squeue() and time.monotonic() < deadline:
+            while self.squeue(check=False) and time.monotonic() < deadline:
                 time.sleep(0.2)
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
@@ -135,8 +135,9 @@ class Cluster:
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def squeue(self) -> str:
-        return self.run("squeue", "--noheader", "--format=%i %T", check=False).strip()
+    def squeue(self, *, check: bool = True) -> str:
+        """Return a line per job that has not ended."""
+        return self.run("squeue", "--noheader", "--format=%i %T", check=check).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """Return the fields of ``scontrol show job``."""

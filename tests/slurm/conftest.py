@@ -104,3 +104,13 @@ def alive_in(job: str) -> list[int]:
             except OSError:
                 continue
     return pids
+
+
+def nothing_left_of(job: str) -> bool:
+    """Return whether no process of this ended job exists; Slurm may still be killing some."""
+    until(lambda: not alive_in(job), 10, lambda: str([_command(pid) for pid in alive_in(job)]))
+    return True
+
+
+def _command(pid: int) -> str:
+    return read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ")

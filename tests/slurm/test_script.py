@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm import Job, pattern, render
-from tests.slurm.conftest import Desk, alive_in, read, until
+from tests.slurm.conftest import Desk, nothing_left_of, read, until
 
 #: Notes how it was called. ``code=N`` in its arguments is its exit code in the first session,
 #: ``always=N`` in each; ``wait`` lets it stop, as ranks do, when it is signalled.
@@ -127,7 +127,7 @@ def test_jobs(desk: Desk, notes: Path) -> None:
     assert "ended with exit code" not in read(desk.path / f"cancelled-{cancelled}.out")
     assert not list(notes.glob("cancelled-0-1-*"))
     for number in (plain, bare, bounded, refused, cancelled):
-        assert alive_in(number) == []
+        assert nothing_left_of(number)
 
 
 def test_status_asks_a_real_slurm(desk: Desk, notes: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from slurm.render import EXAMPLES
 from tests.slurm.cluster import NODES
-from tests.slurm.conftest import ROOT, Desk, alive_in, read, until
+from tests.slurm.conftest import ROOT, Desk, alive_in, nothing_left_of, read, until
 from trainer.config import dump, load
 
 pytestmark = pytest.mark.timeout(900)
@@ -132,7 +132,7 @@ def run(desk: Desk) -> Run:
     assert report["state"] in ("stopped", "dead")
     assert report["job"]["state"] in ("CANCELLED", "UNKNOWN")
     assert 0 < run.saved < 30
-    assert alive_in(run.job) == []
+    assert nothing_left_of(run.job)
 
     run_file.write_text(words)
     run.job = run.submit()
@@ -211,4 +211,4 @@ def test_its_status_after_the_end(run: Run) -> None:
 
 
 def test_nothing_is_left_running(run: Run) -> None:
-    assert alive_in(run.job) == []
+    assert nothing_left_of(run.job)
