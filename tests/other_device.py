@@ -1,9 +1,9 @@
 """A simulated device other than the CPU, whose operations the CPU computes.
 
-Like a GPU it refuses to mix tensors of host and device. It counts where host and GPU would wait for
-each other: values that are read, sizes that depend on values, copies without ``non_blocking``. Code
-for GPUs therefore runs and is compared on a machine without one, except CUDA's own kernels and
-branches (FlexAttention, pinned memory).
+Like a GPU it refuses to mix tensors of host and device, and kernels that only CPUs have. It counts
+where host and GPU would wait for each other: values that are read, sizes that depend on values,
+copies without ``non_blocking``. Code for GPUs therefore runs and is compared on a machine without
+one, except CUDA's own kernels and branches (FlexAttention, pinned memory).
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     here = [tensor for tensor in tensors if not isinstance(tensor, OnDevice)]
     there = len(here) < len(tensors)
+    if there and "_for_cpu" in func.name():
+        raise RuntimeError(f"{func}: only a CPU has this kernel")
     if here and there and func not in COPIES:
         # A number is sent along with a kernel that works on each element; all else is not.
         sent = torch.Tag.pointwise in func.tags

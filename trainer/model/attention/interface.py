@@ -42,7 +42,8 @@ class Layout:
 
     Attributes:
         past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
-        spans: used in place of the buckets by layers that they suit, on a CPU.
+        spans: used in place of the buckets by layers that they suit, if the model is on a CPU; the
+            layout is often made on a CPU for a model on a GPU.
         flex: layout for FlexAttention; None: use the buckets.
         observer: measures attention, for ``promptshard inspect``.
     """
@@ -94,7 +95,7 @@ def attend(
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
-    spans = layout.spans
+    spans = layout.spans if query.is_cpu else None
     if spans is not None and spans.suits(scores) and query.shape[-1] == value.shape[-1]:
         return attend_on_cpu(query_TAD, key_UAD, value_UAD, spans, scores)[None]
     return attend_in_buckets(query_TAD, key_UAD, value_UAD, layout.buckets, scores)[None]
