@@ -62,7 +62,7 @@ tracking:
   [another trainer's](#names-of-other-trainers).
 - **`null`** means that a setting is not given; the tables say what holds then.
 - **Values** follow the core schema of YAML 1.2: `yes`, `no` and dates are texts, and `1e-3` is a
-  number.
+  number. In the run file, ` #` begins a comment. On the command line it is part of a text.
 - **Paths** are relative to the working directory. `~` and `$NAME` are expanded; `$$` is a dollar
   sign.
 - **Editors** with the YAML language server (VS Code: the extension *YAML* by Red Hat) complete,

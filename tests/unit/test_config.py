@@ -132,6 +132,29 @@ def test_overrides_reach_settings_by_key_index_and_name(run_file):
     assert run.tasks[0].choices == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    {
+        "Issue #{n} # {text}": "Issue #{n} # {text}",
+        " # {text} ": "# {text}",
+        "Read {text}\n\nTopic ": "Read {text}\n\nTopic",
+        '"{text} # "': "{text} # ",
+        "5 # {text}": "5 # {text}",
+    }.items(),
+)
+def test_a_text_in_an_override_may_contain_a_hash_without_quotes(run_file, value, expected):
+    assert load(run_file(), [f"tasks[0].input={value}"]).tasks[0].input == expected
+
+
+@pytest.mark.parametrize("value", ["'{text}' # é", "[a, 'é'] # é", "{text} # é"])
+def test_a_comment_after_another_value_of_an_override_is_refused(run_file, value):
+    override = f"tasks[0].hand_written={value}"
+    assert problems_of(run_file(), override) == [
+        f"{override!r}: tasks[0].hand_written: # é is a comment in YAML; put the whole value in "
+        "quotes, or remove the comment"
+    ]
+
+
 def test_overrides_reach_items_whose_names_contain_dots(run_file):
     text = GOOD.replace("triage", "v1.5").replace("name: two", "name: two.0.seed")
     run = load(

@@ -98,8 +98,33 @@ def parse(
     if bad := re.search("[\ud800-\udfff]", text):
         line = text.count("\n", 0, bad.start()) + 1
         raise YamlError([(path, line, f"holds half a character, {bad[0]!a}")])
+    return _resolve(_compose(text), path, is_text)
+
+
+def parse_argument(
+    text: str,
+    path: SettingPath = (),
+    is_text: Callable[[SettingPath], bool] = lambda path: False,
+) -> Document:
+    """Parse a value of the command line, as ``parse``.
+
+    A text without quotes is the whole argument: `` #`` begins no comment in it, and its line breaks
+    are kept. Raises ``YamlError`` for a comment after another value.
+    """
+    document = parse(text, path, is_text)
+    root = _compose(text)
+    if root.plain:
+        root.text = text.strip()
+        return _resolve(root, path, is_text)
+    if (rest := text[root.end :].strip()).startswith("#"):
+        quoted = "put the whole value in quotes, or remove the comment"
+        raise YamlError([(path, None, f"{shown(rest)} is a comment in YAML; {quoted}")])
+    return document
+
+
+def _resolve(root: _Node, path: SettingPath, is_text: Callable[[SettingPath], bool]) -> Document:
     reader = _Resolver(is_text)
-    data = reader.resolve(_compose(text), path, 0)
+    data = reader.resolve(root, path, 0)
     if reader.problems:
         raise YamlError(reader.problems)
     return Document(data, reader.lines)
@@ -128,6 +153,7 @@ class _Node:
     plain: bool = False  # a scalar without quotes and tag
     items: list[_Node] | None = None
     pairs: list[tuple[_Node, _Node]] | None = None
+    end: int = 0  # index of the character after the value
     open: bool = field(default=True, repr=False)
 
 
@@ -160,7 +186,8 @@ def _tree(events: Iterator[Any]) -> _Node:
         if count > 2 * MAX_NODES:
             raise YamlError([((), line, f"more than {MAX_NODES:,} values; use a smaller file")])
         if isinstance(event, yaml.CollectionEndEvent):
-            stack.pop().open = False
+            closed = stack.pop()
+            closed.open, closed.end = False, event.end_mark.index
             keys.pop()
             continue
         if isinstance(event, yaml.AliasEvent):
@@ -191,7 +218,7 @@ def _node(event: Any, line: int) -> _Node:
     tag = None if event.tag in (None, "!") else event.tag
     if isinstance(event, yaml.ScalarEvent):
         plain = tag is None and event.tag is None and not event.style
-        return _Node(line, tag, event.value, plain, open=False)
+        return _Node(line, tag, event.value, plain, end=event.end_mark.index, open=False)
     if isinstance(event, yaml.SequenceStartEvent):
         return _Node(line, tag, items=[])
     return _Node(line, tag, pairs=[])

@@ -84,7 +84,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> YamlSource:
 def value_of(key: str, text: str) -> Any:
     """Parse the value of ``KEY=VALUE``, which is YAML as in the run file; raises ``YamlError``."""
     parts: list[str | int] = list(_parts(key))
-    return yaml_parser.parse(text, tuple(parts), _is_text).data
+    return yaml_parser.parse_argument(text, tuple(parts), _is_text).data
 
 
 def saved(path: Path) -> dict[str, Any]:
@@ -159,7 +159,9 @@ def _parts(key: str) -> list[str]:
 
 
 def _apply(data: dict[str, Any], override: str) -> SettingPath:
-    """Apply one override ``a.b[0].c=value``, whose value is YAML; return the path of the setting.
+    """Apply one override ``a.b[0].c=value``; return the path of the setting.
+
+    The value is YAML, but a text without quotes may contain `` #``.
 
     List items are addressed by index or, in ``tasks`` and ``prompts``, by name.
     """
@@ -179,7 +181,7 @@ def _apply(data: dict[str, Any], override: str) -> SettingPath:
                 target[at] = {}
             target = target[at]
     try:
-        target[at] = yaml_parser.parse(value, tuple(path), _is_text).data
+        target[at] = yaml_parser.parse_argument(value, tuple(path), _is_text).data
     except YamlError as error:
         raise BadInput(
             f"{_cut(override)}: the value is not valid YAML; quote it"
