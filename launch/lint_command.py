@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from trainer.evaluation.lint.instructions import Instruction
 from trainer.evaluation.lint.results import CheckedText, LintResults, unmeasured
 from trainer.evaluation.metric_sums import METRICS
 from trainer.runtime.errors import BadInput, did_you_mean
-from trainer.runtime.json_file import read_json_object
+from trainer.runtime.json_file import read_json_object, to_json
 
 
 def lint(
@@ -173,4 +172,4 @@ def _measured(options: Options, processes: int | None) -> list[CheckedText]:
 
 def _json(results: Sequence[CheckedText]) -> str:
     content = LintResults(prompts=list(results)).model_dump(mode="json")
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return to_json(content, indent=2, ensure_ascii=False) + "\n"

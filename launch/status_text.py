@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -16,6 +15,7 @@ from rich.cells import cell_len, set_cell_size
 from launch.run_state import PromptStatus, Status
 from launch.status import best_prompts, ranked_prompts
 from trainer.evaluation.score_format import column_title, format_score, shown_scores
+from trainer.runtime.json_file import to_json
 from trainer.runtime.redact import printable, redact
 
 #: A process that did not touch its lock for longer is suspended, or its file system is slow.
@@ -36,18 +36,18 @@ STOPPED = {
 
 def as_json(status: Status, *, indent: int | None = 2) -> str:
     """Render a status as a JSON object; numbers that are not finite become null."""
-    return json.dumps(_as_dict(status), indent=indent)
+    return to_json(_as_dict(status), indent=indent)
 
 
 def list_json(runs: Sequence[Status]) -> str:
     """Render several statuses as a JSON list of objects with the keys of ``as_json``."""
-    return json.dumps([_as_dict(status) for status in runs], indent=2)
+    return to_json([_as_dict(status) for status in runs], indent=2)
 
 
 def _as_dict(status: Status) -> dict[str, Any]:
     """Return the fields of a status; the key ``said`` is an older name of ``description``."""
     tasks = [_as_dict(task) for task in status.tasks]
-    plain: dict[str, Any] = _plain(asdict(replace(status, tasks=[])))
+    plain: dict[str, Any] = _redacted(asdict(replace(status, tasks=[])))
     best = [
         {
             "task": prompt.task,
@@ -58,18 +58,16 @@ def _as_dict(status: Status) -> dict[str, Any]:
         }
         for prompt in best_prompts(status)
     ]
-    return plain | {"said": plain["description"], "tasks": tasks, "best": _plain(best)}
+    return plain | {"said": plain["description"], "tasks": tasks, "best": _redacted(best)}
 
 
-def _plain(value: Any) -> Any:
-    """Prepare a value for JSON: no credentials in text, no numbers that are not finite."""
+def _redacted(value: Any) -> Any:
+    """Remove credentials from all texts of a JSON value."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _redacted(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, str):
-        return redact(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_redacted(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def as_text(

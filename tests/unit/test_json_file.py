@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 
+from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
-from trainer.runtime.json_file import MAX_DEPTH, read_json, read_json_object
+from trainer.runtime.json_file import MAX_DEPTH, read_json, read_json_object, to_json
 
 
 @pytest.mark.parametrize(
@@ -42,3 +45,15 @@ def test_valid_files(tmp_path: Path) -> None:
     for missing in (tmp_path / "none.json", tmp_path, Path("a\0b")):
         with pytest.raises(BadInput):
             read_json(missing)
+
+
+def test_strict_readers_can_read_what_is_written(tmp_path: Path) -> None:
+    value = {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf, "d": "NaN", "e": True}}
+    atomic_io.write_json(tmp_path / "d.json", value)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    for text in (to_json(value), (tmp_path / "d.json").read_text()):
+        parsed = json.loads(text, parse_constant=refuse)
+        assert parsed == {"a": [None, [1.5, None]], "b": {"c": None, "d": "NaN", "e": True}}

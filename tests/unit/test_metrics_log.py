@@ -55,10 +55,21 @@ def test_one_json_object_per_line_for_strict_readers(tmp_path: Path) -> None:
     assert first["metrics"] == {"train_loss": 0.5, "skipped_updates": 2}
     assert (first["step"], first["useful_tokens"], first["prompt"]) == (1, 2048, "triage")
     assert second["prompt"] is None
+    assert second["metrics"] == {"a": None, "b": None, "c": None}
     lines = [line for line, _ in read_lines(tmp_path / METRICS_FILE)]
     assert lines[1] is not None
-    assert math.isnan(lines[1].metrics["a"])
-    assert lines[1].metrics["c"] == -math.inf
+    assert all(map(math.isnan, lines[1].metrics.values()))
+
+
+def test_strings_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    MetricsLog(tmp_path).log(1, 2048, {"a": math.inf, "b": math.nan})
+    path = tmp_path / METRICS_FILE
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps(line | {"metrics": {"a": "-Infinity", "b": "NaN"}}) + "\n")
+    ((read, _),) = read_lines(path)
+    assert read is not None
+    assert read.metrics["a"] == -math.inf
+    assert math.isnan(read.metrics["b"])
 
 
 def test_rewind_drops_later_steps(tmp_path: Path) -> None:

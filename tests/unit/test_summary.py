@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,22 @@ def test_a_damaged_file_counts_as_missing(tmp_path: Path, content: str) -> None:
     assert load_summary(tmp_path) is None
     (tmp_path / "summary.json").write_text(content)
     assert load_summary(tmp_path) is None
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path: Path) -> None:
+    values = json.loads(OLDER.read_text())
+    values["prompts"]["triage"]["validation_loss"] = math.nan
+    values["tasks"]["animals"]["comparison"]["difference"] = math.nan
+    save_summary(tmp_path, RunSummary.model_validate(values))
+    path = tmp_path / "summary.json"
+    earlier = json.dumps(values)
+    written = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert written["prompts"]["triage"]["validation_loss"] is None
+    assert written["tasks"]["animals"]["comparison"]["difference"] is None
+    for text in (path.read_text(), earlier):
+        path.write_text(text)
+        summary = load_summary(tmp_path)
+        assert summary is not None
+        assert math.isnan(summary.prompts["triage"].scores["validation_loss"])
+        assert summary.tasks["animals"].comparison is not None
+        assert math.isnan(summary.tasks["animals"].comparison.difference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -11,6 +10,7 @@ from trainer.reporting.html import write_report
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
+from trainer.runtime.json_file import to_json
 
 
 def write_numbers(
@@ -33,7 +33,7 @@ def write_numbers(
     """
     content = numbers.model_dump(mode="json")
     if chosen == "-":
-        console.answer(json.dumps(content, indent=2))
+        console.answer(to_json(content, indent=2))
         return
     path = Path(chosen) if chosen else run_dir / default_file
     try:

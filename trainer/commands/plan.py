@@ -6,7 +6,6 @@ Reads the run file, the rows and the headers of the base's weight files. Imports
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from trainer.commands.check_rows import tokenize_rows, without_torch
 from trainer.config import RunConfig, load, parse_bytes, resolve_path
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
-from trainer.runtime.json_file import read_json_object
+from trainer.runtime.json_file import read_json_object, to_json
 from trainer.runtime.process import flush_and_exit
 from trainer.runtime.redact import printable, redact
 from trainer.runtime.stdio import lost_output
@@ -127,7 +126,7 @@ def _needs(config: RunConfig, device: Device, row_tokens: int | None) -> RunNeed
 
 def _write_json(plan: RunPlan, path: str | None) -> None:
     if path == "-":
-        print(json.dumps(plan.as_json(), indent=2))
+        print(to_json(plan.as_json(), indent=2))
     elif path is not None:
         atomic_io.write_json(Path(path), plan.as_json())
 

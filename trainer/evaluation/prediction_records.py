@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from trainer.evaluation.prediction_files import (
 )
 from trainer.evaluation.scoring import Scored, comparable_choices
 from trainer.runtime import atomic_io
+from trainer.runtime.json_file import finite, to_json
 
 #: Values of every row, by field; some long fields have only the first ``MAX_TEXTS`` rows.
 Columns = dict[str, Sequence[Any]]
@@ -60,7 +60,7 @@ class Predictions:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_io.replacing(path) as file:  # an earlier file is unchanged after an error
                 for record in self._records(step, rows, columns):
-                    line = json.dumps(record, ensure_ascii=False) + "\n"
+                    line = to_json(record, ensure_ascii=False) + "\n"
                     file.write(line.encode("utf-8", "replace"))
         except OSError as error:
             self._warn(f"{path}: predictions not written: {error.strerror or error}")
@@ -122,9 +122,9 @@ def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
         columns["passed"] = [[passed for _, passed in own] for own in scored.samples_R]
     if scored.teacher_R2 is not None:
         divergence_R, agreement_R = scored.teacher_R2.T.tolist()
-        columns["loss"], columns["agreement"] = _finite(divergence_R), _finite(agreement_R)
+        columns["loss"], columns["agreement"] = finite(divergence_R), finite(agreement_R)
     elif scored.nll_R is not None:
-        columns["loss"] = _finite(scored.nll_R)
+        columns["loss"] = finite(scored.nll_R)
     if "loss" in columns:
         columns["tokens"] = rows.label_counts
     return columns
@@ -151,12 +151,7 @@ def _label_columns(texts: Sequence[str], targets: Sequence[str], task: Task) -> 
 
 
 def _by_choice(choices: Sequence[str], values_RC: torch.Tensor) -> list[dict[str, float | None]]:
-    return [dict(zip(choices, _finite(row), strict=True)) for row in values_RC.tolist()]
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    """Replace NaN and infinity by None, because JSON has neither."""
-    return [value if math.isfinite(value) else None for value in values]
+    return [dict(zip(choices, finite(row), strict=True)) for row in values_RC.tolist()]
 
 
 def _texts(row: Mapping[str, Any], task: Task) -> dict[str, Any]:

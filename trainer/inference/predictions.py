@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from trainer.evaluation.scoring import Request, Scored
 from trainer.inference.input_rows import InputRows
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.prompts.soft_prompt import SoftPrompt
+from trainer.runtime.json_file import finite
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Prediction:
     def as_json(self) -> dict[str, Any]:
         """Return the fields that have a value; None in place of NaN and infinity."""
         return {
-            key: _finite(value)
+            key: finite(value)
             for key, value in vars(self).items()
             if value is not None and value is not False
         }
@@ -194,9 +194,3 @@ def _from_scores(task: Task, scored: Scored, *, has_targets: bool) -> list[Predi
         )
         for best, scores, shares, nll in rows
     ]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

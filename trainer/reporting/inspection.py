@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainer.reporting.summary import Float
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
 
@@ -31,14 +32,14 @@ class NearestToken(_Model):
     """A token of the vocabulary and the cosine of its embedding with a virtual token."""
 
     token: str
-    cosine: float
+    cosine: Float
 
 
 class ProductToken(_Model):
     """A token of the vocabulary and the inner product of its embedding with a virtual token."""
 
     token: str
-    inner_product: float
+    inner_product: Float
 
 
 class TokenInspection(_Model):
@@ -156,11 +157,11 @@ class PrunedPrompt(_Model):
     num_virtual_tokens: int
     rows: int
     chosen_on: int
-    loss_before: float
-    loss: float
-    difference: float
-    difference_low: float
-    difference_high: float
+    loss_before: Float
+    loss: Float
+    difference: Float
+    difference_low: Float
+    difference_high: Float
     metric: str | None = None
     score_before: float | None = None
     score: float | None = None
@@ -206,7 +207,7 @@ class Similarity(_Model):
     """
 
     prompts: list[str] = []
-    cosine: list[list[float]] = []
+    cosine: list[list[Float]] = []
 
 
 class Inspection(_Model):

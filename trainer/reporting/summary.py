@@ -7,11 +7,13 @@ Keys that a newer version adds are kept and ignored.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from trainer.evaluation.score_format import PREFIXES
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
 from trainer.runtime.json_file import read_json_object
@@ -19,6 +21,8 @@ from trainer.runtime.json_file import read_json_object
 SUMMARY_FILE = "summary.json"
 #: Increase when a key is removed or changes its meaning. Version 0: files without a version.
 SCHEMA_VERSION = 1
+#: A number that is null in the file if it is not finite; then it is read as NaN.
+Float = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class _Model(BaseModel):
@@ -34,8 +38,13 @@ class Scores(_Model):
 
     @property
     def scores(self) -> dict[str, float]:
-        extra = self.model_extra or {}
-        return {key: value for key, value in extra.items() if isinstance(value, int | float)}
+        scores: dict[str, float] = {}
+        for key, value in (self.model_extra or {}).items():
+            if isinstance(value, int | float):
+                scores[key] = value
+            elif value is None and key.startswith(PREFIXES):
+                scores[key] = math.nan  # null in the file
+        return scores
 
 
 class Stop(_Model):
@@ -84,12 +93,12 @@ class Comparison(_Model):
     baseline: str
     prompt: str
     rows: int
-    difference: float
-    low: float
-    high: float
-    p_value: float
+    difference: Float
+    low: Float
+    high: Float
+    p_value: Float
     test: str
-    detectable_difference: float
+    detectable_difference: Float
     better: bool
     also_better: list[str] = []
 
@@ -126,7 +135,7 @@ class ShorterPrompt(_Model):
     """A shorter prompt within one standard error of the best one."""
 
     prompt: str
-    score: float
+    score: Float
     num_virtual_tokens: int
 
 
@@ -144,10 +153,10 @@ class Selection(_Model):
 class Change(_Model):
     """Difference of two scores, with its 95% interval and a p-value."""
 
-    difference: float
-    low: float
-    high: float
-    p_value: float
+    difference: Float
+    low: Float
+    high: Float
+    p_value: Float
     test: str
 
 
@@ -161,7 +170,7 @@ class TrainScore(_Model):
 
     metric: str
     rows: int
-    score: float
+    score: Float
     gap: Change | None = None
 
 
@@ -175,9 +184,9 @@ class SeedSpread(_Model):
 
     prompt: str
     seeds: int
-    low: float
-    high: float
-    standard_deviation: float
+    low: Float
+    high: Float
+    standard_deviation: Float
 
 
 class Overfitting(_Model):
@@ -248,15 +257,15 @@ class Planned(_Model):
         saved_bytes: from forward to backward of the longest packed batch.
     """
 
-    seconds: float
-    step_seconds: float
-    useful_tokens_per_second: float
+    seconds: Float
+    step_seconds: Float
+    useful_tokens_per_second: Float
     base_bytes_per_rank: int
     peak_bytes: int
     saved_bytes: int
-    gathered_bytes_per_step: float
-    flops_per_step: float
-    load_seconds: float
+    gathered_bytes_per_step: Float
+    flops_per_step: Float
+    load_seconds: Float
 
 
 class Load(_Model):
@@ -288,7 +297,7 @@ class RunSummary(_Model):
     communication: Communication = Communication()
     load: Load = Load()
     planned: Planned | None = None
-    time: dict[str, float] = {}
+    time: dict[str, Float] = {}
     rank_seconds: float | None = None
     versions: dict[str, str] = {}
     world_size: int | None = None

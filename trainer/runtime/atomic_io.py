@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from trainer.runtime.json_file import to_json
 
 
 @contextmanager
@@ -47,5 +48,5 @@ def write(path: Path, content: bytes | str, *, durable: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the content of a file with ``value`` as JSON."""
-    write(path, json.dumps(value, indent=2) + "\n")
+    """Replace the content of a file with ``value`` as JSON; null: a number that is not finite."""
+    write(path, to_json(value, indent=2) + "\n")

@@ -1,8 +1,12 @@
-"""Read untrusted JSON. Damaged, too large or too deeply nested files raise ``BadInput``."""
+"""Read untrusted JSON, and write strict JSON.
+
+Damaged, too large or too deeply nested files raise ``BadInput``.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,20 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     check_depth(value)
     return value
+
+
+def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """``json.dumps`` with null for numbers that are not finite, which strict readers refuse."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with None in place of NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_depth(value: Any) -> None:

@@ -3,8 +3,8 @@
     {"time": 1763.. s, "step": 50, "useful_tokens": 409600, "prompt": "triage",
      "metrics": {"train_loss": 0.71, "learning_rate": 0.003}}
 
-``prompt`` is null for metrics of the run. JSON has no NaN or infinity, which are written as the
-strings "NaN", "Infinity" and "-Infinity"; ``float()`` reads them back.
+``prompt`` is null for metrics of the run. A number that is not finite is null, and read as NaN.
+Earlier versions wrote the strings "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def _parse(raw: bytes) -> Line | None:
             step=int(data["step"]),
             useful_tokens=None if tokens is None else int(tokens),
             prompt=prompt,
-            metrics={str(k): float(v) for k, v in data["metrics"].items() if v is not None},
+            metrics={
+                str(k): math.nan if v is None else float(v) for k, v in data["metrics"].items()
+            },
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
@@ -167,12 +169,10 @@ def _parse(raw: bytes) -> Line | None:
     return line if possible and isinstance(prompt, str | None) else None
 
 
-def _encode(value: float) -> float | int | str:
+def _encode(value: float) -> float | int | None:
     number = float(value)
-    if math.isnan(number):
-        return "NaN"
-    if math.isinf(number):
-        return "Infinity" if number > 0 else "-Infinity"
+    if not math.isfinite(number):
+        return None
     return int(value) if number.is_integer() and isinstance(value, int) else number
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.evaluation import prediction_files
-from trainer.runtime.json_file import parse_json
+from trainer.runtime.json_file import finite, parse_json
 from trainer.tracking.run_files import mapping, mappings
 
 #: Rows of a table of predictions, the same ones for all prompts of a task: MLflow compares them
@@ -50,7 +50,7 @@ def to_json(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     columns = list(rows[0]) if rows else []
     data = [[row.get(name) for name in columns] for row in rows]
-    return json.dumps({"columns": columns, "data": data}, ensure_ascii=False)
+    return json.dumps({"columns": columns, "data": finite(data)}, ensure_ascii=False)
 
 
 def add_to_tag(tag: str | None, path: str) -> str:

@@ -13,7 +13,6 @@ used again as soon as an evaluation has their digest. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from trainer.evaluation.prediction_files import FOLDER, read
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
 from trainer.runtime.file_lock import exclusive
-from trainer.runtime.json_file import read_json_object
+from trainer.runtime.json_file import read_json_object, to_json
 
 #: Folder of the evaluation in ``predictions``, beside the files of training.
 EVALUATION = "evaluation"
@@ -112,7 +111,7 @@ class PredictionStore:
 
     def append(self, task: str, arm: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records and write them to disk."""
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        lines = [to_json(record, ensure_ascii=False) + "\n" for record in records]
         with self.path(task, arm).open("ab") as file:
             file.write("".join(lines).encode("utf-8", "replace"))
             file.flush()

@@ -7,7 +7,6 @@ ranks score validation rows on the sharded base model. For a model alone, it is 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
+from trainer.runtime.json_file import to_json
 from trainer.runtime.process import fast_imports, flush_and_exit
 from trainer.runtime.rank_program import run_rank
 
@@ -139,7 +139,7 @@ def _finish(
     findings = collect_findings(settings, errors, losses) | run
     show(findings, console)
     if out == STDOUT:
-        console.answer(json.dumps(findings, indent=2))
+        console.answer(to_json(findings, indent=2))
     elif out is not None:
         try:
             atomic_io.write_json(out, findings)

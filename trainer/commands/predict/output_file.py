@@ -18,7 +18,7 @@ from typing import Any
 from trainer.runtime import atomic_io
 from trainer.runtime.errors import BadInput
 from trainer.runtime.file_lock import exclusive
-from trainer.runtime.json_file import parse_json, read_json_object
+from trainer.runtime.json_file import parse_json, read_json_object, to_json
 
 _BLOCK_BYTES = 1 << 20
 
@@ -94,7 +94,7 @@ class OutputFile:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append lines and write them to disk."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(to_json(record, ensure_ascii=False) + "\n" for record in records)
         with self.path.open("ab") as file:
             file.write(lines.encode("utf-8", "replace"))
             file.flush()
