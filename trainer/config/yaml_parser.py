@@ -182,12 +182,12 @@ def _tree(events: Iterator[Any]) -> _Node:
     keys: list[_Node | None] = []  # key of each open mapping that still has no value
     anchors: dict[str, _Node] = {}
     for count, event in enumerate(events):
-        line = event.start_mark.line + 1
+        line, end = event.start_mark.line + 1, event.end_mark.index
         if count > 2 * MAX_NODES:
             raise YamlError([((), line, f"more than {MAX_NODES:,} values; use a smaller file")])
         if isinstance(event, yaml.CollectionEndEvent):
             closed = stack.pop()
-            closed.open, closed.end = False, event.end_mark.index
+            closed.open, closed.end = False, end
             keys.pop()
             continue
         if isinstance(event, yaml.AliasEvent):
@@ -197,6 +197,7 @@ def _tree(events: Iterator[Any]) -> _Node:
                 raise _invalid(line, f"alias *{event.anchor} {what}")
         elif isinstance(event, yaml.NodeEvent):
             node = _node(event, line)
+            node.end = end
             if event.anchor is not None:
                 anchors[event.anchor] = node
         elif isinstance(event, yaml.DocumentStartEvent) and root is not None:
@@ -218,7 +219,7 @@ def _node(event: Any, line: int) -> _Node:
     tag = None if event.tag in (None, "!") else event.tag
     if isinstance(event, yaml.ScalarEvent):
         plain = tag is None and event.tag is None and not event.style
-        return _Node(line, tag, event.value, plain, end=event.end_mark.index, open=False)
+        return _Node(line, tag, event.value, plain, open=False)
     if isinstance(event, yaml.SequenceStartEvent):
         return _Node(line, tag, items=[])
     return _Node(line, tag, pairs=[])
