@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import runpy
@@ -24,6 +25,9 @@ from tests.unit.saved_run import LABELS, ROWS, TINY, save_run
 from trainer.api import BadInput, Run, load_base, load_run
 from trainer.commands.chat.messages import Channel, Question
 from trainer.commands.chat.program import Answers, make_request
+from trainer.commands.predict.output_file import OutputFile
+from trainer.commands.predict.plan import Options, make_plan
+from trainer.commands.predict.program import Predictor, encode
 from trainer.data.dataset import RowDataset
 from trainer.evaluation.prediction_records import scored_columns
 from trainer.evaluation.scoring import Request
@@ -36,6 +40,7 @@ from trainer.inference.stream_batch import DecodingBatch
 from trainer.inference.trained_prompts import load_prompts
 from trainer.prompts.peft_adapter import save_peft
 from trainer.prompts.soft_prompt import PrefixKeyValues
+from trainer.runtime.console import Console
 
 TEXTS = [row["text"] for row in ROWS]
 UNLABELED = [{"text": text} for text in TEXTS]
@@ -126,6 +131,31 @@ def test_predictions_equal_those_of_an_evaluation(run: Run, base: InferenceBase,
     made = base.score(ROWS, name)
     assert [prediction.prediction for prediction in made] == columns["prediction"]
     torch.testing.assert_close([prediction.nll for prediction in made], columns["loss"])
+
+
+def test_a_row_without_finite_likelihoods_has_no_prediction(
+    run: Run, base: InferenceBase, tmp_path: Path
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = Options(run.folder, ("short", "long"), str(data), tmp_path / "out.jsonl")
+    plan, output = make_plan(options), OutputFile(options.out)
+    output.open(plan.identity(options), fresh=False)
+    values = base.soft_prompt("short")
+    assert values is not None
+    broken = replace(values, tensor=torch.full_like(values.tensor, torch.nan))
+    read, text = base.soft_prompt, io.StringIO()
+    with patch.object(base, "soft_prompt", lambda p: broken if p.name == "short" else read(p)):
+        console = Console(text, text)
+        Predictor(base, plan, encode(base, plan, console), output).run(0, console)
+    for line in map(json.loads, options.out.read_text().splitlines()):
+        assert line["short"]["prediction"] is None
+        assert line["short"]["log_probability"] is None
+        assert set(line["short"]["scores"].values()) == {None}
+        assert line["long"]["prediction"] in LABELS
+    assert "rows without a prediction: 5 by short; the likelihoods" in " ".join(
+        text.getvalue().split()
+    )
 
 
 @pytest.mark.parametrize("name", ["short", "words"])

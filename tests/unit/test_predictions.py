@@ -59,7 +59,8 @@ def test_choices(tmp_path):
     assert (second["target"], second["prediction"], second["correct"]) == ("d", "c", False)
     assert second["loss"] == 3.0, "of the right choice"
     assert third["scores"]["c"] is None, "JSON has no NaN"
-    assert (third["target"], third["correct"]) == ("c", False), "NaN predicts nothing"
+    shown = third["target"], third["prediction"], third["correct"]
+    assert shown == ("c", None, False), "NaN predicts nothing"
 
 
 def test_generated_texts_sets_of_labels_and_divergences(tmp_path):

@@ -24,7 +24,7 @@ from trainer.evaluation.prediction_files import (
     path_of,
     step_of,
 )
-from trainer.evaluation.scoring import Scored, comparable_choices
+from trainer.evaluation.scoring import Scored
 from trainer.runtime import atomic_io
 from trainer.runtime.json_file import finite, to_json
 
@@ -104,9 +104,9 @@ def scored_columns(rows: EvalSet, scored: Scored) -> Columns:
     if task.scored_by_likelihood and scored.nll_RC is not None:
         choices = task.choices or []
         columns["target"] = [choices[right] for right in rows.gold]
-        columns["prediction"] = [choices[likeliest] for likeliest in scored.predicted]
-        comparable = comparable_choices(scored.nll_RC)
-        columns["correct"] = [a == b for a, b in zip(comparable, rows.gold, strict=True)]
+        predicted = scored.predicted
+        columns["prediction"] = [None if i < 0 else choices[i] for i in predicted]
+        columns["correct"] = [a == b for a, b in zip(predicted, rows.gold, strict=True)]
         log_likelihoods_RC = -scored.nll_RC[:MAX_TEXTS]
         columns["scores"] = _by_choice(choices, log_likelihoods_RC)
         columns["probabilities"] = _by_choice(choices, log_likelihoods_RC.softmax(1))

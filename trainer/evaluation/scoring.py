@@ -88,18 +88,18 @@ class Scored:
 
     @property
     def predicted(self) -> list[int]:
-        """Index of the most likely candidate of each row."""
+        """As ``comparable_choices``."""
         assert self.nll_RC is not None, "labels are not scored"
-        predicted: list[int] = self.nll_RC.argmin(1).tolist()
-        return predicted
+        return comparable_choices(self.nll_RC)
 
 
 def comparable_choices(nll_RC: Tensor) -> list[int]:
-    """Index of the most likely candidate of each row, -1 if a likelihood is not a number.
+    """Index of the most likely candidate of each row, -1 if the row has none.
 
-    Such a row has no prediction that could be correct: ``argmin`` would return the NaN.
+    That is, if a likelihood is not a number, or all are zero.
     """
-    choices: list[int] = nll_RC.argmin(1).masked_fill(nll_RC.isnan().any(1), -1).tolist()
+    lowest = nll_RC.min(1)  # NaN if any is
+    choices: list[int] = lowest.indices.masked_fill(~lowest.values.isfinite(), -1).tolist()
     return choices
 
 

@@ -31,7 +31,8 @@ class Prediction:
 
     Attributes:
         prediction: the most likely choice, or the generated text; for sets of labels, the labels.
-            None if the task has no target, or the row is skipped.
+            None if the task has no target, the row is skipped, or no choice is the most likely
+            one, because a likelihood is not a number.
         log_probability: natural logarithm of the probability of the prediction under the base,
             with its end; without a prediction, of the row itself.
         scores: log-likelihood of every choice, in nats; None without choices.
@@ -48,12 +49,18 @@ class Prediction:
     nll: float | None = None
     skipped: bool = False
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether choices were scored, but none is the most likely one."""
+        return self.scores is not None and self.prediction is None
+
     def as_json(self) -> dict[str, Any]:
         """Return the fields that have a value; None in place of NaN and infinity."""
+        shown = {"prediction", "log_probability"} if self.is_undecided else set[str]()
         return {
             key: finite(value)
             for key, value in vars(self).items()
-            if value is not None and value is not False
+            if key in shown or (value is not None and value is not False)
         }
 
 
@@ -186,8 +193,8 @@ def _from_scores(task: Task, scored: Scored, *, has_targets: bool) -> list[Predi
     )
     return [
         Prediction(
-            choices[best],
-            scores[best],
+            None if best < 0 else choices[best],
+            None if best < 0 else scores[best],
             dict(zip(choices, scores, strict=True)),
             dict(zip(choices, shares, strict=True)),
             nll,

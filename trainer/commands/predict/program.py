@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,7 @@ class Predictor:
             num_texts([request], has_targets=given.has_targets)
             for given, _, request in self._requests(done, self.plan.num_rows)
         )
+        undecided = Counter[str]()
         with console.phase("predicting", total, "texts", announce=True) as phase:
             for start, stop in self._blocks(done):
                 columns = {}
@@ -112,8 +114,15 @@ class Predictor:
                     )
                     for (_, name, request), made in zip(own, predictions, strict=True):
                         columns[name] = dict(zip(request.rows.row_numbers, made, strict=True))
+                        undecided[name] += sum(prediction.is_undecided for prediction in made)
                 if self.output is not None:
                     self.output.append(self._records(range(start, stop), columns))
+        counts = [f"{count:,} by {name}" for name, count in undecided.items() if count]
+        if counts and self.output is not None:
+            console.warn(
+                f"rows without a prediction: {', '.join(counts)}; the likelihoods of their choices "
+                "are not finite. Use another prompt, or train again with a lower learning_rate"
+            )
 
     def _blocks(self, done: int) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of the blocks after the first ``done`` rows.

@@ -105,7 +105,7 @@ def _choices(
         report.labels = list(choices)
         report.matrix = [[counts[target, predicted] for predicted in choices] for target in choices]
     else:
-        wrong = ((a, b, n) for (a, b), n in counts.most_common() if a != b)
+        wrong = ((a, b, n) for (a, b), n in counts.most_common() if b not in (a, None))
         report.confusions = list(wrong)[:MAX_CLASSES]
     mistakes = [r for r in records if not r["correct"] and _probability(r) is not None]
     mistakes.sort(key=lambda record: -(_probability(record) or 0.0))
