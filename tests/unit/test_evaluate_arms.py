@@ -111,10 +111,15 @@ def build(
 
 
 def builder_of(
-    folder: Path, config: RunConfig, adapters: Sequence[str] = (), **options: Any
+    folder: Path,
+    config: RunConfig,
+    adapters: Sequence[str] = (),
+    *,
+    context: int = 512,
+    **options: Any,
 ) -> tuple[ArmBuilder, list[Any]]:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    data = load_tasks(config, tokenizer, 512, len(tokenizer))["diet"]
+    data = load_tasks(config, tokenizer, context, len(tokenizer))["diet"]
     read = [read_adapter(path, str(BASE)) for path in adapters]
     prompts = [adapter for adapter in read if isinstance(adapter, PromptAdapter)]
     weights = [adapter for adapter in read if isinstance(adapter, WeightAdapter)]
@@ -122,7 +127,7 @@ def builder_of(
         Options(folder, **options),
         config,
         data,
-        RowEncoder(tokenizer, 512, len(tokenizer), None, (), no_progress),
+        RowEncoder(tokenizer, context, len(tokenizer), None, (), no_progress),
         [(0, config.prompts[0])],
         [PROMPT_TOKENS] + [PROMPT_TOKENS] * len(prompts),
         [(1 + i, adapter) for i, adapter in enumerate(prompts)],
@@ -349,6 +354,16 @@ def test_more_examples_than_the_context_holds(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=expected) as refusal:
         builder.build()
     assert "too_long" not in str(refusal.value), "the rows alone fit"
+
+
+@pytest.mark.parametrize("option", ["shots", "retrieved"])
+def test_a_row_that_is_truncated_without_examples(tmp_path: Path, option: str) -> None:
+    with pytest.raises(BadInput) as refusal:
+        build(tmp_path, make_run(tmp_path, too_long="truncate"), context=16, **{option: 1})
+    (problem,) = refusal.value.problems
+    assert problem.startswith(f"--{option} 1: ")
+    assert "without examples, and rows after examples are not truncated; leave the" in problem
+    assert "lower it" not in problem
 
 
 @pytest.mark.parametrize("option", ["shots", "retrieved", "knn"])

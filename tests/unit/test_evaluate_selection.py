@@ -111,6 +111,24 @@ def test_more_examples_than_the_context_holds(option: str, chat: bool, tmp_path:
     check_data(selected_run(check), check)
 
 
+@pytest.mark.parametrize("too_long", ["refuse", "skip", "truncate"])
+def test_rows_that_are_longer_than_the_context(too_long: str, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, hand_written=[], too_long=too_long)
+    data = tmp_path / "data.jsonl"
+    row = {"text": "A lion sleeps in the grass. " * 200, "label": "meat"}
+    data.write_text(json.dumps(row) + "\n")
+    (tmp_path / "train.jsonl").write_text(data.read_text())  # nothing is left to draw
+    given = {"shots": 3, "retrieved": 2, "data": str(data)}
+    if too_long != "truncate":
+        check = Options(folder, **given)  # type: ignore[arg-type]
+        check_data(selected_run(check), check)  # the ranks report the rows
+        return
+    problem = refused(folder, **given)
+    assert "--shots 3, --retrieved 2: the shortest row of task 'diet' has at least" in problem
+    assert "the context of the base holds 512, and rows after examples are not trunc" in problem
+    assert "lower it" not in problem
+
+
 def test_examples_of_a_base_without_files_are_checked_by_the_ranks(tmp_path: Path) -> None:
     folder, given = run_folder(tmp_path), Options(tmp_path, shots=9)
     write_long_rows(folder)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainer.commands.evaluate.arm import Arm, Neighbors, Similar
+from trainer.commands.evaluate.early_fit import NOT_TRUNCATED
 from trainer.commands.evaluate.options import Options
 from trainer.commands.evaluate.rows import RowEncoder, at_most, halves
 from trainer.config import Prompt, RunConfig, Task
@@ -266,17 +267,27 @@ class ArmBuilder:
     ) -> Arm:
         train, plain = self.data.train_rows, plain or Arm(self.task.name, "", "", self.plain)
         strict = self.task.model_copy(update={"too_long": "refuse"})
-        rows = with_examples(self.own_rows(), train, chosen)
-        try:
-            encoded = self.encoder.encode(
+
+        def encode(rows: RowDataset) -> EvalSet:
+            return self.encoder.encode(
                 plain.rows,
                 rows,
                 task=strict,
                 virtual_tokens=plain.virtual_tokens,
                 position=prompt.placement if prompt else "front",
             )
+
+        try:
+            encoded = encode(with_examples(self.own_rows(), train, chosen))
         except BadInput as error:
-            reason = re.split(r"[;:] shorten it", error.problems[0])[0]  # the rows are not at fault
+            reason = _without_remedy(error)  # the rows are not at fault
+            if self.task.too_long == "truncate":
+                try:
+                    encode(self.own_rows())
+                except BadInput as alone:
+                    raise BadInput(
+                        f"{option}: {_without_remedy(alone)} without examples, and {NOT_TRUNCATED}"
+                    ) from None
             raise BadInput(
                 f"{option}: the context does not hold the examples; lower it: {reason}"
             ) from None
@@ -301,6 +312,11 @@ class ArmBuilder:
             arm = Arm(task, weights.name, "adapter", rows, adapter=index)
             arms.append(replace(arm, num_bytes=weights.num_bytes))
         return arms
+
+
+def _without_remedy(error: BadInput) -> str:
+    """Return the first problem of rows that are too long, without the advice to shorten them."""
+    return re.split(r"[;:] shorten it", error.problems[0])[0]
 
 
 def _text_bytes(task: Task, rows: Iterable[dict[str, Any]]) -> int:

@@ -24,6 +24,10 @@ from trainer.model.tokenizer_file import longest_context, token_ends
 
 #: Of the train rows with the shortest texts, this many per retrieved example are tokenized.
 SHORTEST = 4
+#: Why examples cannot stand before a row that is truncated without them, and the remedy.
+NOT_TRUNCATED = (
+    "rows after examples are not truncated; leave the option out, or evaluate shorter rows (--data)"
+)
 
 
 def examples_fit(
@@ -44,6 +48,8 @@ def examples_fit(
 
         shortest = min((input_text(task, rows[i]) for i in range(len(rows))), key=len)
         room = context - num_tokens(shortest)
+        if room < 0:
+            return _too_long_alone(options, context - room, context, task)
         problems = []
         if (count := options.shots) is not None:
             drawn = fixed_examples(task, train, count, config.training.seed, rows)
@@ -70,6 +76,19 @@ def _text(task: Task, examples: Sequence[dict[str, object]]) -> str:
     if not task.is_chat:
         return examples_text(task, row)
     return "".join(content_of(turn).strip() for turn in example_turns(task, row))
+
+
+def _too_long_alone(options: Options, tokens: int, context: int, task: Task) -> list[str]:
+    """Describe that no row fits; the ranks refuse or skip rows that are not to be truncated."""
+    if task.too_long != "truncate":
+        return []
+    counts = {"--shots": options.shots, "--retrieved": options.retrieved}
+    given = [f"{option} {count}" for option, count in counts.items() if count is not None]
+    return [
+        f"{', '.join(given)}: the shortest row of task {task.name!r} has at least {tokens:,} "
+        f"tokens without examples, but the context of the base holds {context:,}, and "
+        f"{NOT_TRUNCATED}"
+    ]
 
 
 def _problem(
