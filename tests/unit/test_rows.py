@@ -526,6 +526,59 @@ def test_csv_mistakes(tmp_path):
     assert len(load_rows(long, task())[0]["text"]) == 200_000
 
 
+QUOTES = {
+    "rows in a tsv": ("d.tsv", 'label\ttext\na\t"I hate\nb\tit\na\tMovie 12"\nb\tok\n', "text", 4),
+    "two rows in a tsv": ("d.tsv", 'text\tlabel\n"I hate\ta\r\n12"\tb\r\n', "text", 3),
+    "rows in a csv": ("d.csv", 'text,label\n"so, good,a\nyes,b\n12"",b\n', None, 0),
+    "known labels": ("d.csv", 'text,label\ngood,a\n"bad,b\nyes,a\n12",b\nx,b\n', "text", 5),
+    "many lines": ("d.csv", "text,label\n" + '"bad,b\n' + "x,y\n" * 99 + '12",b\n', "text", 102),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "column", "last"), QUOTES.values(), ids=QUOTES)
+def test_rows_inside_quotes_are_refused(name, text, column, last, tmp_path):
+    message = problem(write(tmp_path, name, text))
+    if column is None:
+        assert message.startswith(f'{name}:2: not valid csv: a quote (") is opened but not closed')
+        return
+    row = 2 if "good" in text else 1
+    assert message.startswith(
+        f"{name}: row {row} (line {row + 1}): {column}: begins with a quote and ends in line "
+        f"{last}; the lines between look like rows: "
+    )
+    remedy = "quoting=3).to_json(" if name == "d.tsv" else 'write "" for a quote'
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.csv", 'text,label\n"Dear Bob,\nthanks",a\nx,b\n'),
+        ("d.csv", 'text,label\n"1,5\n2,5\nyes",a\n"3,5\n2",b\n'),
+        ("d.csv", 'text,label\n"a\nb\n' + "c\n" * 200 + '",a\nx,b\n'),
+        ("d.tsv", 'label\ttext\na\t"def f():\n\treturn 1\n"\nb\t"def f():\n\treturn 1"\n'),
+        ("d.tsv", 'label\ttext\na\t"one\n\ntwo"\nb\tHe said "no"\n'),
+    ],
+)
+def test_texts_of_several_lines_are_read(name, text, tmp_path):
+    assert len(load_rows(write(tmp_path, name, text), task())) == 2
+
+
+def test_a_tsv_with_plain_quotes_names_the_remedy(tmp_path):
+    path = write(tmp_path, "d.tsv", 'text\tlabel\n"Great\ta\nbad\tb\n"Other" one\ta\n')
+    message = problem(path)
+    assert message.startswith(
+        'd.tsv:2: not valid csv: a field begins with a quote ("), but text follows its closing '
+        "quote that ends in line 4; if the quotes are plain characters, convert the file: "
+        'pandas.read_csv(FILE, sep="\\t", quoting=3).to_json("NEW.jsonl", orient="records", '
+    )
+
+
+def test_a_repeated_header_is_not_a_row(tmp_path):
+    message = problem(write(tmp_path, "d.csv", "text,label\na,x\ntext,label\nb,y\n"))
+    assert message.startswith("d.csv: row 2 (line 3): repeats the first line, which names the")
+
+
 def test_damaged_parquet(tmp_path):
     assert "is not a complete parquet file" in problem(write(tmp_path, "d.parquet", b"PAR1 no"))
     parquet.write_table(

@@ -5,8 +5,8 @@ Steps from a file to a packed batch, with the type passed at each step:
 1. ``data_files``: a setting such as ``train`` (``DataSource``) -> ``DataFile``: a text file, or a
    ``Table`` (``table_readers``: parquet, arrow, saved folder, hub data set).
 2. Readers: ``DataFile`` -> ``FileRecord`` per row, or its problem (``text_readers``,
-   ``json_reader``; tables through ``arrow_values``). JSON Lines and tables of text and integers
-   take a faster path: Arrow record batches (``arrow_reader``).
+   ``csv_reader``, ``json_reader``; tables through ``arrow_values``). JSON Lines and tables of text
+   and integers take a faster path: Arrow record batches (``arrow_reader``).
 3. ``row_validation``: ``FileRecord`` -> the used columns in their parsed form (``column_parsers``),
    or ``Problems``, each with ``FILE:LINE`` and remedy.
 4. ``ingest``: all rows of a file -> ``IngestedFile``: memory-mapped Arrow, with a hash per row.

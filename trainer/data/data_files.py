@@ -11,15 +11,14 @@ from functools import cached_property
 from pathlib import Path
 
 from trainer.config import SHIPPED, DataSource, resolve_path
+from trainer.data.csv_reader import csv_header, read_csv
 from trainer.data.json_reader import read_json_rows, read_jsonl
 from trainer.data.table_readers import TABLE_FORMATS, Table, open_hub, open_table, saved_files
 from trainer.data.text_readers import (
     GZIP,
     TEXT_FORMATS,
     FileRecord,
-    csv_header,
     format_of,
-    read_csv,
     read_txt,
 )
 from trainer.runtime.errors import BadInput, did_you_mean

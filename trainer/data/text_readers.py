@@ -2,14 +2,13 @@
 
 ``datasets`` and Arrow seldom report where a file is malformed, and convert values silently: a
 column of dates becomes timestamps, a csv field ``NA`` becomes null, a short csv line is padded.
-This module and ``json_reader`` return every value as written. ``table_readers`` reads tables.
+This module, ``csv_reader`` and ``json_reader`` return every value as written. ``table_readers``
+reads tables.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,75 +106,3 @@ def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
     before = raw[max(0, error.start - 15) : error.start].decode("utf-8", "ignore")
     spot = f" after {before!r}" if before else ""
     return f"not UTF-8 at column {column}: byte 0x{raw[error.start]:02x}{spot}; {remedy}"
-
-
-def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """Read the header of a csv file: (column names, iterator of (line, fields) of the rows)."""
-    csv.field_size_limit(sys.maxsize)  # the default limit is 128 kB
-    delimiter = "\t" if format_of(file) == ".tsv" else ","
-    _check_delimiter(file, delimiter)
-    rows = _fields(file, csv.reader(_lines(file), delimiter=delimiter, strict=True))
-    _, names = next(rows, (0, []))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise BadInput(f"{file}:1: duplicate column {twice[0]!r} in the header; rename one")
-    if not any(names):
-        raise BadInput(f"{file}:1: no header; the first line names the columns")
-    return names, rows
-
-
-def _check_delimiter(file: Path, delimiter: str) -> None:
-    """Refuse a header whose names are separated by another character, as Excel writes in Europe."""
-    header = next((line.splitlines()[0] for line in _lines(file) if line.strip()), "")
-    if delimiter in header:
-        return
-    for other in (";", "\t", "|", ","):
-        if len(next(csv.reader([header], delimiter=other))) > 1:
-            raise BadInput(
-                f"{file}:1: the columns are separated by {other!r}; separate the fields with "
-                f"commas (.csv) or tabs (.tsv), as pandas.read_csv(FILE, sep={other!r})"
-                ".to_csv(NEW_FILE, index=False) does"
-            )
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """Split at newlines only: ``str.splitlines`` also splits at other characters in a field."""
-    with open_text(file) as lines:
-        for number, raw in enumerate(lines, start=1):
-            raw = raw.removeprefix(BOM) if number == 1 else raw
-            try:
-                yield raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise BadInput(f"{file}:{number}: {bad_utf8(raw, error)}") from None
-
-
-def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Yield (first line, fields) of every csv row that is not blank."""
-    line = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        what = f'{error}; write "" for a quote'
-        if "end of data" in str(error):
-            what = 'a quote (") is opened but not closed; write "" for a quote'
-        elif "new-line" in str(error):
-            what = "a line ends with a carriage return alone; save it with newlines at line ends"
-        raise BadInput(f"{file}:{line}: not valid csv: {what}") from None
-
-
-def read_csv(file: Path) -> Iterator[FileRecord]:
-    """Read a csv file with a header; ``.tsv`` files are separated by tabs."""
-    names, rows = csv_header(file)
-    for row, (line, fields) in enumerate(rows, start=1):
-        problem = None
-        if len(fields) != len(names):
-            problem = (
-                f"has {len(fields)} fields where the header has {len(names)} "
-                f"({', '.join(names)}): {shorten(fields)}; put text with commas in quotes"
-            )
-        yield FileRecord(
-            row, line, {} if problem else dict(zip(names, fields, strict=True)), problem
-        )

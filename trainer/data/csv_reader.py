@@ -1,0 +1,177 @@
+"""Read csv and tsv files as records, with the line of every mistake. Imports no torch.
+
+Both have the same rules for quotes, as by default in ``pandas.read_csv`` and ``datasets``: a field
+that begins with a quote ends at the next single quote, in whatever line that is.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trainer.data.text_readers import BOM, FileRecord, bad_utf8, format_of, open_text, shorten
+from trainer.runtime.errors import BadInput
+
+#: Number of lines that look like rows, from which a field of a csv file is refused in any case.
+_MANY_LINES = 100
+#: Number of rows whose values are compared with others.
+_COMPARED_ROWS = 10_000
+#: Maximum length of values that are compared.
+_SHORT = 40
+
+
+def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Read the header of a csv file: (column names, iterator of (line, fields) of the rows)."""
+    csv.field_size_limit(sys.maxsize)  # the default limit is 128 kB
+    delimiter = _delimiter(file)
+    _check_delimiter(file, delimiter)
+    rows = _fields(file, csv.reader(_lines(file), delimiter=delimiter, strict=True))
+    _, names = next(rows, (0, []))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadInput(f"{file}:1: duplicate column {twice[0]!r} in the header; rename one")
+    if not any(names):
+        raise BadInput(f"{file}:1: no header; the first line names the columns")
+    return names, rows
+
+
+def _delimiter(file: Path) -> str:
+    return "\t" if format_of(file) == ".tsv" else ","
+
+
+def _check_delimiter(file: Path, delimiter: str) -> None:
+    """Refuse a header whose names are separated by another character, as Excel writes in Europe."""
+    header = next((line.splitlines()[0] for line in _lines(file) if line.strip()), "")
+    if delimiter in header:
+        return
+    for other in (";", "\t", "|", ","):
+        if len(next(csv.reader([header], delimiter=other))) > 1:
+            raise BadInput(
+                f"{file}:1: the columns are separated by {other!r}; separate the fields with "
+                f"commas (.csv) or tabs (.tsv), as pandas.read_csv(FILE, sep={other!r})"
+                ".to_csv(NEW_FILE, index=False) does"
+            )
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Split at newlines only: ``str.splitlines`` also splits at other characters in a field."""
+    with open_text(file) as lines:
+        for number, raw in enumerate(lines, start=1):
+            raw = raw.removeprefix(BOM) if number == 1 else raw
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{file}:{number}: {bad_utf8(raw, error)}") from None
+
+
+def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield (first line, fields) of every csv row that is not blank."""
+    line = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        what = str(error)
+        if "end of data" in what:
+            what = f'a quote (") is opened but not closed; {_quotes(file)}'
+        elif "expected after" in what:
+            last = reader.line_num
+            end = "" if last == line else f" that ends in line {last}"
+            what = f'a field begins with a quote ("), but text follows its closing quote{end}'
+            what += f"; {_quotes(file)}"
+        elif "new-line" in what:
+            what = "a line ends with a carriage return alone; save it with newlines at line ends"
+        raise BadInput(f"{file}:{line}: not valid csv: {what}") from None
+
+
+def _quotes(file: Path) -> str:
+    """Return the remedy for a text that begins with a quote."""
+    if format_of(file) != ".tsv":
+        return 'write "" for a quote, and put the text in quotes'
+    return (
+        'if the quotes are plain characters, convert the file: pandas.read_csv(FILE, sep="\\t", '
+        'quoting=3).to_json("NEW.jsonl", orient="records", lines=True)'
+    )
+
+
+def read_csv(file: Path) -> Iterator[FileRecord]:
+    """Read a csv file with a header; ``.tsv`` files are separated by tabs."""
+    names, rows = csv_header(file)
+    known = cache(lambda: _short_values(file))
+    for row, (line, fields) in enumerate(rows, start=1):
+        problem = _problem(file, names, fields, line, known)
+        yield FileRecord(
+            row, line, {} if problem else dict(zip(names, fields, strict=True)), problem
+        )
+
+
+def _problem(
+    file: Path,
+    names: Sequence[str],
+    fields: Sequence[str],
+    line: int,
+    known: Callable[[], list[set[str]]],
+) -> str | None:
+    last = line + "".join(fields).count("\n")
+    lines = f" begins with a quote and ends in line {last}"
+    if len(fields) != len(names):
+        long = "" if last == line else f"; a field{lines}: {_quotes(file)}"
+        return (
+            f"has {len(fields)} fields where the header has {len(names)} "
+            f"({', '.join(names)}): {shorten(fields)}"
+            + (long or "; put text with commas in quotes")
+        )
+    if len(names) > 1 and fields == names:
+        return (
+            "repeats the first line, which names the columns; remove this row, or, if the file has "
+            "no column names, add a line with them at its beginning"
+        )
+    column = None if last == line else _column_of_rows(fields, _delimiter(file), known)
+    if column is None:
+        return None
+    return f"{names[column]}:{lines}; the lines between look like rows: {_quotes(file)}"
+
+
+def _column_of_rows(
+    fields: Sequence[str], delimiter: str, known: Callable[[], list[set[str]]]
+) -> int | None:
+    """Return the column of a field that contains other rows, because of a stray quote.
+
+    Its lines must have the delimiters of rows. In csv, where texts have commas, all values of
+    another column must also be known from other rows.
+    """
+    others = len(fields) - 1
+    for column, field in enumerate(fields):
+        lines = [line.rstrip("\r").split(delimiter) for line in field.split("\n")]
+        counts = [len(line) - 1 for line in lines]
+        if not others or counts != [others - column, *[others] * (len(lines) - 2), column]:
+            continue
+        if delimiter == "\t":
+            is_indented = any(not line[0].strip() for line in lines[1:])
+            return None if is_indented else column
+        lines[0] = [*fields[:column], *lines[0]]
+        for c in range(len(fields)):
+            inside = {line[c] for line in (lines[:-1] if c > column else lines[1:])}
+            if c != column and "" not in inside and inside <= known()[c]:
+                return column
+        if len(lines) > _MANY_LINES:
+            return column
+    return None
+
+
+def _short_values(file: Path) -> list[set[str]]:
+    """Return the short values of every column in the first rows, without rows of several lines."""
+    names, rows = csv_header(file)
+    values: list[set[str]] = [set() for _ in names]
+    for _, fields in islice(rows, _COMPARED_ROWS):
+        if len(fields) == len(names) and not any("\n" in field for field in fields):
+            for known, field in zip(values, fields, strict=True):
+                known |= {field} if len(field) <= _SHORT else set()
+    return values
