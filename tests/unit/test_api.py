@@ -248,8 +248,11 @@ def test_the_oldest_turns_of_a_dialogue_are_left_out(base: InferenceBase) -> Non
     assert make_request(base, kept) == (request, 0)
     fuller = replace(question, dialogue=[system, *(talk * 9)[dropped - 2 :], last])
     assert make_request(base, fuller) == (request, 2)
-    with pytest.raises(BadInput, match="must have 1 to"):
-        make_request(base, Question(1, "long", [last | {"content": "Chest pain. " * 900}]))
+    long = [last | {"content": "Chest pain. " * 900}]
+    refused = r"^message: has .* must have 1 to .* lower --max-new-tokens$"
+    for in_dialogue in (True, False):
+        with pytest.raises(BadInput, match=refused):
+            make_request(base, Question(1, "long", long, chat_template=in_dialogue))
 
 
 def test_a_chat_ends_with_the_error_of_its_decoder(
@@ -292,14 +295,19 @@ def test_mistakes_are_reported_with_their_remedy(run: Run, base: InferenceBase) 
         run.prompts["unfinished"]
     with pytest.raises(BadInput, match="without a prompt, name one of triage, free"):
         base.generate("A cough.")
-    with pytest.raises(BadInput, match="0 is not a number of at least 1"):
+    with pytest.raises(BadInput, match=r"^max_new_tokens: 0 is not a number of at least 1"):
         base.generate("A cough.", "short", max_new_tokens=0)
-    with pytest.raises(BadInput, match="leaves no room"):
+    with pytest.raises(BadInput, match=r"^max_new_tokens: 100000 leaves no room"):
         base.generate("A cough.", "short", max_new_tokens=100_000)
+    with pytest.raises(BadInput, match=r"^texts\[1\]: has .* shorten it or lower max_new_tokens$"):
+        base.generate(["A cough.", "A cough. " * 500], "short")
+    two_columns = run.prompts["short"].task.model_copy(update={"input": "{a}{virtual_tokens}{b}"})
+    with pytest.raises(BadInput, match=r"^text: the template of task 'triage' has 2 columns"):
+        text_request(base.files, two_columns, "x", None, "front", 4, None)
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.add_tokens("<later>")
     files = replace(base.files, tokenizer=tokenizer)
-    with pytest.raises(BadInput, match=r"--input: contains '<later>'.* has no embedding"):
+    with pytest.raises(BadInput, match=r"text: contains '<later>'.* has no embedding"):
         text_request(files, run.prompts["short"].task, "A <later> cough.", None, "front", 4, None)
     with pytest.raises(BadInput, match="rows: row 2: label: 'none' is not one of"):
         base.score([ROWS[0], {"text": "x", "label": "none"}], "short")

@@ -40,11 +40,13 @@ def _generate(
         from trainer.api import base_digests
         from trainer.inference.engine import close_engine, open_engine
         from trainer.inference.opened_base import open_inference_base
+        from trainer.inference.requests import RequestNames
 
     engine = open_engine(run.config.engine.timeout_seconds)
     digests = engine.run_on_main(lambda: base_digests(run.folder))
     opened = open_inference_base(engine, run, console, prompts=[prompt], digests=digests)
-    request = engine.run_on_all(lambda: opened.text_request(text, prompt, max_new_tokens))
+    names = RequestNames("--input", "--max-new-tokens")
+    request = engine.run_on_all(lambda: opened.text_request(text, prompt, max_new_tokens, names))
     base = opened.load(console)
     (answer,) = base.generate_requests([request])
     console.answer(answer)

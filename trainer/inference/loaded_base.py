@@ -23,7 +23,14 @@ from trainer.evaluation.scoring import Request
 from trainer.inference.engine import close_engine
 from trainer.inference.input_rows import read_rows
 from trainer.inference.predictions import Prediction, encode_rows, predict
-from trainer.inference.requests import GenerationRequest, dialogue_request, text_request
+from trainer.inference.requests import (
+    API_NAMES,
+    MESSAGES,
+    GenerationRequest,
+    RequestNames,
+    dialogue_request,
+    text_request,
+)
 from trainer.inference.saved_run import SavedRun, TrainedPrompt
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles
@@ -132,10 +139,13 @@ class InferenceBase:
         *,
         task: str | None = None,
         max_new_tokens: int | None = None,
+        names: RequestNames = API_NAMES,
     ) -> GenerationRequest:
         """Make the request for one text; raises ``BadInput`` as ``requests.text_request``."""
         own, values, placement = self._chosen(prompt, task)
-        return text_request(self.files, own, text, values, placement, max_new_tokens, self.date)
+        return text_request(
+            self.files, own, text, values, placement, max_new_tokens, self.date, names
+        )
 
     def dialogue_request(
         self,
@@ -144,11 +154,12 @@ class InferenceBase:
         *,
         task: str | None = None,
         max_new_tokens: int | None = None,
+        names: RequestNames = MESSAGES,
     ) -> GenerationRequest:
         """Make the request for the next answer; raises as ``requests.dialogue_request``."""
         own, values, placement = self._chosen(prompt, task)
         return dialogue_request(
-            self.files, own, messages, values, placement, max_new_tokens, self.date
+            self.files, own, messages, values, placement, max_new_tokens, self.date, names
         )
 
     @overload
@@ -195,8 +206,13 @@ class InferenceBase:
         self._check_open()
         given = [texts] if isinstance(texts, str) else list(texts)
         requests = [
-            self.text_request(text, prompt, task=task, max_new_tokens=max_new_tokens)
-            for text in given
+            self.text_request(
+                *(text, prompt),
+                task=task,
+                max_new_tokens=max_new_tokens,
+                names=RequestNames("texts" if isinstance(texts, str) else f"texts[{i}]"),
+            )
+            for i, text in enumerate(given)
         ]
         answers = self.generate_requests(requests)
         return answers[0] if isinstance(texts, str) else answers

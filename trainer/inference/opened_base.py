@@ -19,7 +19,7 @@ from trainer.distributed.model_loading import (
     open_base_on_all,
 )
 from trainer.inference.loaded_base import InferenceBase
-from trainer.inference.requests import GenerationRequest, text_request
+from trainer.inference.requests import API_NAMES, GenerationRequest, RequestNames, text_request
 from trainer.inference.saved_run import SavedRun, TrainedPrompt
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.checkpoint_files import BaseFiles
@@ -89,12 +89,18 @@ class OpenedBase:
     date: datetime.date | None
 
     def text_request(
-        self, text: str, prompt: TrainedPrompt, max_new_tokens: int | None = None
+        self,
+        text: str,
+        prompt: TrainedPrompt,
+        max_new_tokens: int | None = None,
+        names: RequestNames = API_NAMES,
     ) -> GenerationRequest:
         """Make a request before the weights are loaded; raises as ``requests.text_request``."""
         (values,) = load_prompts([prompt.folder], self.files, self.engine.device)
         place = prompt.placement
-        return text_request(self.files, prompt.task, text, values, place, max_new_tokens, self.date)
+        return text_request(
+            self.files, prompt.task, text, values, place, max_new_tokens, self.date, names
+        )
 
     def load(self, console: Console) -> InferenceBase:
         """Load the weights; a collective."""

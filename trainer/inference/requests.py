@@ -22,6 +22,21 @@ class TooLong(BadInput):
 
 
 @dataclass(frozen=True)
+class RequestNames:
+    """What messages call the text of a request, and the maximum length of its answer.
+
+    The defaults are arguments of the Python API.
+    """
+
+    text: str = "text"
+    limit: str = "max_new_tokens"
+
+
+API_NAMES = RequestNames()
+MESSAGES = RequestNames("messages")
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One text to continue.
 
@@ -52,6 +67,7 @@ def text_request(
     position: str,
     max_new_tokens: int | None,
     date: datetime.date | None,
+    names: RequestNames = API_NAMES,
 ) -> GenerationRequest:
     """Make the request for one text, as ``promptshard generate`` reads it.
 
@@ -64,8 +80,11 @@ def text_request(
         BadInput: the text has no tokens, a token without an embedding, or leaves no room for an
             answer, or as ``encode_request``.
     """
-    ids, at = encode_request(files.tokenizer, task, text, position=position, date=date)
-    return _checked(files, task, ids, at, prompt, max_new_tokens)
+    try:
+        ids, at = encode_request(files.tokenizer, task, text, position=position, date=date)
+    except BadInput as error:
+        raise BadInput(p.replace("--input", names.text, 1) for p in error.problems) from None
+    return _checked(files, task, ids, at, prompt, max_new_tokens, names)
 
 
 def dialogue_request(
@@ -76,6 +95,7 @@ def dialogue_request(
     position: str,
     max_new_tokens: int | None,
     date: datetime.date | None,
+    names: RequestNames = MESSAGES,
 ) -> GenerationRequest:
     """Make the request for the next answer in a dialogue, which the base's chat template writes.
 
@@ -96,7 +116,7 @@ def dialogue_request(
         raise BadInput(f"messages: {error}") from None
     if position.startswith(AFTER):
         ids, at = ids[at:], 0
-    return _checked(files, task, ids, at, prompt, max_new_tokens)
+    return _checked(files, task, ids, at, prompt, max_new_tokens, names)
 
 
 def _checked(
@@ -106,26 +126,27 @@ def _checked(
     prompt_at: int,
     prompt: SoftPrompt | None,
     max_new_tokens: int | None,
+    names: RequestNames,
 ) -> GenerationRequest:
     limit = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     if limit < 1:
-        raise BadInput(f"--max-new-tokens: {limit} is not a number of at least 1; raise it")
+        raise BadInput(f"{names.limit}: {limit} is not a number of at least 1; raise it")
     virtual = 0 if prompt is None else prompt.num_virtual_tokens
     room = files.context_length - virtual - limit
     if room < 1:
         raise BadInput(
-            f"--max-new-tokens: {limit} leaves no room for an input in the context of "
+            f"{names.limit}: {limit} leaves no room for an input in the context of "
             f"{files.context_length} tokens; lower it"
         )
     if not 0 < len(ids) <= room:
         raise (TooLong if ids else BadInput)(
-            f"--input: has {len(ids)} tokens, but must have 1 to {room}, because {limit} new "
-            "ones follow; shorten it or lower --max-new-tokens"
+            f"{names.text}: has {len(ids)} tokens, but must have 1 to {room}, because {limit} new "
+            f"ones follow; shorten it or lower {names.limit}"
         )
     if (largest := max(ids)) >= files.config.vocab_size:
         raise BadInput(
-            f"--input: contains {files.tokenizer.decode([largest])!r}, a token for which the base "
-            "has no embedding; leave it out"
+            f"{names.text}: contains {files.tokenizer.decode([largest])!r}, a token for which the "
+            "base has no embedding; leave it out"
         )
     stop = StopCriteria.of(files.generation, files.tokenizer, task)
     return GenerationRequest(tuple(ids), prompt_at, prompt, stop, limit)

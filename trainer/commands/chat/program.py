@@ -11,7 +11,7 @@ from trainer.evaluation.token_sampling import Sampling
 from trainer.inference.engine import open_engine
 from trainer.inference.loaded_base import InferenceBase
 from trainer.inference.opened_base import open_inference_base
-from trainer.inference.requests import GenerationRequest, TooLong
+from trainer.inference.requests import GenerationRequest, RequestNames, TooLong
 from trainer.inference.saved_run import open_run
 from trainer.inference.stream import Stream, StreamingDecoder
 from trainer.inference.stream_text import Piece
@@ -44,6 +44,10 @@ def chat(run_dir: Path, channel: Channel | None, console: Console) -> None:
     else:
         Answers(base, decoder, channel).run()
     base.close()
+
+
+#: The user types messages, and has the option of the command line.
+NAMES = RequestNames("message", "--max-new-tokens")
 
 
 class Answers:
@@ -102,13 +106,15 @@ def make_request(base: InferenceBase, question: Question) -> tuple[GenerationReq
     if most is not None:  # leaves half of the context for the dialogue
         most = min(most, base.files.context_length // 2)
     if not question.chat_template:
-        return base.text_request(turns[-1]["content"], prompt, task=task, max_new_tokens=most), 0
+        text = turns[-1]["content"]
+        request = base.text_request(text, prompt, task=task, max_new_tokens=most, names=NAMES)
+        return request, 0
     system = [turn for turn in turns[:1] if turn["role"] == "system"]
     kept = turns[len(system) :]
     while True:
         try:
             request = base.dialogue_request(
-                [*system, *kept], prompt, task=task, max_new_tokens=most
+                [*system, *kept], prompt, task=task, max_new_tokens=most, names=NAMES
             )
         except TooLong:
             if len(kept) == 1:

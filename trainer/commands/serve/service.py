@@ -12,7 +12,12 @@ from trainer.commands.serve.bodies import Body, ChatBody, CompletionBody
 from trainer.commands.serve.errors import ApiError, invalid
 from trainer.commands.serve.token_texts import TokenTexts
 from trainer.config import Task, split_template
-from trainer.inference.requests import GenerationRequest, dialogue_request, text_request
+from trainer.inference.requests import (
+    GenerationRequest,
+    RequestNames,
+    dialogue_request,
+    text_request,
+)
 from trainer.inference.stream import StreamingDecoder
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.prompts.soft_prompt import SoftPrompt
@@ -93,7 +98,8 @@ class Service:
         for text in body.prompt:
             with_text = (self.files, model.task, text, model.prompt, model.position)
             try:
-                request = text_request(*with_text, limit, self.date)
+                names = RequestNames("prompt", "max_tokens")
+                request = text_request(*with_text, limit, self.date, names)
             except BadInput as error:
                 raise _as_api_error(error, "prompt") from None
             requests.append(_with_stops(request, body))
@@ -118,7 +124,8 @@ class Service:
         turns = [message.turn() for message in body.messages]
         dialogue = (self.files, model.task, turns, model.prompt, model.position)
         try:
-            request = dialogue_request(*dialogue, limit, self.date)
+            names = RequestNames("messages", "max_tokens")
+            request = dialogue_request(*dialogue, limit, self.date, names)
         except BadInput as error:
             raise _as_api_error(error, "messages") from None
         return _with_stops(request, body)
@@ -145,9 +152,7 @@ def _with_stops(request: GenerationRequest, body: Body) -> GenerationRequest:
 
 
 def _as_api_error(error: BadInput, param: str) -> ApiError:
-    """Name the fields of the body in place of options of the command line."""
     text = "; ".join(error.problems)
-    text = text.replace("--max-new-tokens", "max_tokens").replace("--input", param)
     too_long = "must have 1 to" in text or "leaves no room" in text
     code = "context_length_exceeded" if too_long else "invalid_value"
     return ApiError(400, text, code=code, param=param)
