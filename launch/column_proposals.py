@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import DataSource
 from trainer.config.task import VIRTUAL_TOKENS
 from trainer.runtime.errors import BadInput
+
+if TYPE_CHECKING:
+    from trainer.data.data_files import DataFile
 
 #: Maximum number of rows that are read, and of different values of a column of labels.
 MAX_ROWS, MAX_LABELS = 100_000, 50
@@ -76,11 +79,13 @@ class Sample:
     Attributes:
         rows: number of rows read.
         complete: whether these are all rows.
+        note: about the header of the file; empty if it needs none.
     """
 
     columns: list[Column]
     rows: int
     complete: bool
+    note: str = ""
 
     @property
     def names(self) -> str:
@@ -93,7 +98,7 @@ def read_sample(train: str) -> Sample:
 
     columns: dict[str, Column] = {}
     classes: dict[str, list[str]] = {}
-    rows, complete = 0, True
+    rows, complete, note = 0, True, ""
     for file in find_files(DataSource.model_validate(train), "--train", "train"):
         for name in file.header() or ():
             columns.setdefault(name, Column(name))
@@ -109,12 +114,29 @@ def read_sample(train: str) -> Sample:
             for name, value in record.values.items():
                 if value is not None:
                     columns.setdefault(name, Column(name)).add(value)
+        note = note or _note_on_header(file)
     if not rows:
         raise BadInput(f"--train: {train}: has no rows")
     for name, labels in classes.items():
         if labels:
             columns[name].labels = dict.fromkeys(labels)
-    return Sample(list(columns.values()), rows, complete)
+    return Sample(list(columns.values()), rows, complete, note)
+
+
+def _note_on_header(file: DataFile) -> str:
+    """Return a note if the header may be a row; raises ``BadInput`` if that is likely."""
+    reason, is_likely = file.missing_header()
+    if not reason:
+        return ""
+    if is_likely:
+        raise BadInput(
+            f"--train: {file.name}:1: the first line must name the columns, but seems to be a row: "
+            f"{reason}; add a line with {len(file.readable())} column names before it"
+        )
+    return (
+        f"{file.name}:1: the first line is read as column names, but {reason}; if it is a row, add "
+        "a line with column names before it, and write the run file again"
+    )
 
 
 def find_label(sample: Sample) -> Column | None:

@@ -45,9 +45,17 @@ class Request:
     validation: str | None = None
 
 
-def render(request: Request) -> str:
-    """Return the text of a run file; raises ``BadInput`` if the data do not fit its kind."""
-    return fill(f"{request.kind}.yaml.j2", _values(request) | _columns(request))
+def render(request: Request) -> tuple[str, list[str]]:
+    """Return the text of a run file, and notes about the data.
+
+    Raises:
+        BadInput: the data do not fit the kind of run file.
+    """
+    if request.train is None:
+        return fill(f"{request.kind}.yaml.j2", _values(request) | _shipped_columns(request)), []
+    sample = column_proposals.read_sample(request.train)
+    values = _values(request) | _columns(request, sample)
+    return fill(f"{request.kind}.yaml.j2", values), [sample.note] if sample.note else []
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
@@ -89,20 +97,21 @@ def _values(request: Request) -> dict[str, Any]:
     }
 
 
-def _columns(request: Request) -> dict[str, Any]:
+def _shipped_columns(request: Request) -> dict[str, Any]:
+    target = "code" if request.kind == "generate" else "label"
+    return {
+        "columns": "",
+        "messages": "messages",
+        "input": "{text}\nAnswer:",
+        "target": f" {{{target}}}",
+        "choices": ["metabolic", "cardiac", "other"],
+        "choices_note": "",
+        "multi": False,
+    }
+
+
+def _columns(request: Request, sample: Sample) -> dict[str, Any]:
     """Return the values that depend on the columns of the data."""
-    if request.train is None:
-        target = "code" if request.kind == "generate" else "label"
-        return {
-            "columns": "",
-            "messages": "messages",
-            "input": "{text}\nAnswer:",
-            "target": f" {{{target}}}",
-            "choices": ["metabolic", "cardiac", "other"],
-            "choices_note": "",
-            "multi": False,
-        }
-    sample = column_proposals.read_sample(request.train)
     propose: dict[str, Callable[[Request, Sample], dict[str, Any]]] = {
         "chat": _dialogue,
         "generate": _text,
@@ -159,8 +168,10 @@ def _input(request: Request, sample: Sample, target: Column | None) -> dict[str,
 
 def _misfit(request: Request, sample: Sample, missing: str, other: str | None = None) -> BadInput:
     remedy = f", or use `promptshard init {other}`: {KINDS[other]}" if other else ""
-    problem = f"has {missing} (columns: {sample.names})"
-    return BadInput(f"--train: {request.train}: {problem}; name other data{remedy}")
+    problem = f"--train: {request.train}: has {missing} (columns: {sample.names})"
+    return BadInput(
+        [f"{problem}; name other data{remedy}", *([sample.note] if sample.note else [])]
+    )
 
 
 def _escape(path: str) -> str:

@@ -93,7 +93,7 @@ def init(
         train=train or None,
         validation=validation or None,
     )
-    text = run_templates.render(request)
+    text, notes = run_templates.render(request)
     with tempfile.TemporaryDirectory() as folder:  # check before FILE changes
         checked = Path(folder, target.name)
         checked.write_text(text, encoding="utf-8")
@@ -107,6 +107,8 @@ def init(
     shown = shlex.quote(str(target))
     typer.echo(f"wrote {target}: {KINDS[kind]}")
     typer.echo(f"wrote {target.parent / FILE_NAME}: completes and checks run files in editors")
+    for note in notes:
+        typer.echo(f"note: {note}")
     typer.echo("next:")
     typer.echo(f"  promptshard validate {shown}    check settings and data")
     typer.echo(f"  promptshard train {shown}")

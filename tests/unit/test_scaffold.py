@@ -171,6 +171,68 @@ def test_init_leaves_out_blank_labels_and_names_similar_ones(tmp_path, monkeypat
         preflight.check_run("classify.yaml", [])
 
 
+HEADERS = {
+    "label": ("I loved it,pos\n" + "I hated it,neg\nok,pos\n" * 4, "'pos' is also a label", True),
+    "number": (
+        "that was the best one ever,1.5\n"
+        + "this was not good at all,2\nit went on and on and on,1\n",
+        "'1.5' is a number like all values",
+        True,
+    ),
+    "years": ("2019,2020\n5,6\n7,8\n", "'2019' is a number like all values", True),
+    "texts": (
+        "this is a very good film,a\n"
+        + "that was a very bad film,b\nwe liked it a lot too,c\n" * 4,
+        "'this is a very good film' is as long as the texts",
+        False,
+    ),
+    "a word": ("message,spam\n" + "Buy!,spam\nHi,ham\n" * 4, "'spam' is also a label", False),
+}
+
+
+@pytest.mark.parametrize(("text", "reason", "is_refused"), HEADERS.values(), ids=HEADERS)
+def test_init_doubts_a_header_that_looks_like_a_row(
+    text, reason, is_refused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text(text)
+    if is_refused:
+        with pytest.raises(BadInput, match="the first line must name the columns") as caught:
+            call("init", "classify", "--train", "rows.csv")
+        assert reason in str(caught.value)
+        assert "add a line with 2 column names before it" in str(caught.value)
+    else:
+        shown = call("init", "classify", "--train", "rows.csv")
+        assert "note: rows.csv:1: the first line is read as column names, but" in shown
+        assert reason in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "text,label\n" + "text,a\nx,b\nsome,a\nmore,b\nothers,b\n",
+        "comment_text,toxic\nall of this is a text,toxic\nmore,fine\n",
+        "0,1\n5,a\n7,b\n",
+        "Which of these products did you buy last year?,label\nbread,a\nmilk,b\n",
+    ],
+)
+def test_init_accepts_headers(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text(text)
+    assert "note:" not in call("init", "classify", "--train", "rows.csv")
+
+
+def test_a_missing_header_is_named_beside_the_missing_column(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call("init", "classify")
+    Path("rows.csv").write_text("I loved it,pos\n" + "I hated it,neg\nok,pos\n" * 4)
+    with pytest.raises(BadInput) as caught:
+        preflight.check_run("classify.yaml", ["tasks[0].train=rows.csv"])
+    assert "rows.csv: the first line is read as column names, but 'pos' is also a label in its" in (
+        str(caught.value)
+    )
+
+
 def test_init_says_that_labels_are_those_of_the_first_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(column_proposals, "MAX_ROWS", 10)

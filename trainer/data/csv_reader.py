@@ -7,6 +7,7 @@ that begins with a quote ends at the next single quote, in whatever line that is
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -23,6 +24,8 @@ _MANY_LINES = 100
 _COMPARED_ROWS = 10_000
 #: Maximum length of values that are compared.
 _SHORT = 40
+#: Number of words of a name of a column that seems to be a text.
+_WORDS = 6
 
 
 def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
@@ -175,3 +178,46 @@ def _short_values(file: Path) -> list[set[str]]:
             for known, field in zip(values, fields, strict=True):
                 known |= {field} if len(field) <= _SHORT else set()
     return values
+
+
+def missing_header(file: Path) -> tuple[str, bool]:
+    """Say why the first line seems to be a row; empty if it does not.
+
+    A name is also a label in its column, a number above numbers, or a sentence above sentences.
+
+    Returns:
+        The reason, and whether several names are unusual.
+    """
+    names, rows = csv_header(file)
+    columns: list[list[str]] = [[] for _ in names]
+    for _, fields in islice(rows, _COMPARED_ROWS):
+        for values, field in zip(columns, fields, strict=False):
+            values.append(field)
+    if not columns[0] or any(map(_is_identifier, names, columns)):
+        return "", False
+    is_numbered = names == [str(n) for n in range(len(names))]  # as pandas names columns
+    reasons, unusual = [], 0
+    for name, values in zip(names, columns, strict=True):
+        what = ""
+        if name.strip() and name in values and 2 * len(set(values)) <= len(values):
+            what = "is also a label in its column"
+        elif not is_numbered and all(map(_is_number, (name, *values))):
+            what = "is a number like all values of its column"
+        elif _num_words(name) >= _WORDS and _num_words(*values) >= _WORDS:
+            what = "is as long as the texts of its column"
+        unusual += bool(what) or _num_words(name) > 2
+        reasons += [f"{shorten(name)} {what}"] if what else []
+    return " and ".join(reasons[:2]), bool(reasons) and unusual > 1
+
+
+def _is_identifier(name: str, values: Sequence[str]) -> bool:
+    return re.fullmatch(r"[A-Za-z]+(_[A-Za-z0-9]+)+", name) is not None and name not in values
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", text) is not None
+
+
+def _num_words(*texts: str) -> float:
+    """Return the mean number of words of texts."""
+    return sum(len(text.split()) for text in texts) / len(texts)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from trainer.config import SHIPPED, DataSource, resolve_path
-from trainer.data.csv_reader import csv_header, read_csv
+from trainer.data.csv_reader import csv_header, missing_header, read_csv
 from trainer.data.json_reader import read_json_rows, read_jsonl
 from trainer.data.table_readers import TABLE_FORMATS, Table, open_hub, open_table, saved_files
 from trainer.data.text_readers import (
@@ -67,6 +67,11 @@ class DataFile:
         if kind == ".txt":
             return ["text"]
         return csv_header(self.files[0])[0] if kind in (".csv", ".tsv") else None
+
+    def missing_header(self) -> tuple[str, bool]:
+        """Say why the header of a csv file seems to be a row, as ``csv_reader.missing_header``."""
+        is_csv = self.table is None and format_of(self.files[0]) in (".csv", ".tsv")
+        return missing_header(self.files[0]) if is_csv else ("", False)
 
     def readable(self) -> list[str]:
         """Return the columns of ``header`` that can be read; empty for JSON."""
