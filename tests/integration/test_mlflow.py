@@ -136,6 +136,28 @@ def test_a_complete_run_in_sqlite_is_sent_once(tmp_path: Path, store: str) -> No
         assert_models(store, "support", ["triage", "triage-mlp", "animals"])
 
 
+def test_a_resumed_run_replaces_scores_of_the_same_step(tmp_path: Path, store: str) -> None:
+    """As after other hand-written prompts, another choice of the best prompt, and more steps."""
+    folder = finished_run(tmp_path / "support")
+    assert sync_here(folder, read_results).complete
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["tasks"]["triage"]["hand_written"][0]["validation_accuracy"] = 0.75
+    summary["selected"]["triage"]["prompt"] = "triage-mlp"
+    path.write_text(json.dumps(summary))
+    assert sync_here(folder, read_results).complete
+    _, prompts = runs(store)
+    triage = prompts["triage"]
+    assert triage.data.metrics["validation_accuracy_hand_written"] == 0.75
+    assert triage.data.metrics["validation_accuracy_best"] == 0.94
+    assert "selected" not in triage.data.tags
+    assert prompts["triage-mlp"].data.tags["selected"] == "yes"
+    assert sync_here(folder, read_results).points == 0
+    key = "validation_accuracy_hand_written"
+    history = client_of(store).get_metric_history(triage.info.run_id, key)
+    assert sorted((point.step, point.value) for point in history) == [(STEPS, 0.69), (STEPS, 0.75)]
+
+
 def assert_models(uri: str, experiment: str, names: list[str]) -> None:
     """Assert that each prompt is one model, in the order of accuracy, with every score once."""
     client = client_of(uri)

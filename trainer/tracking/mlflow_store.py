@@ -43,6 +43,7 @@ PAGE = (
     "&orderByKey=tags.%60mlflow.runName%60&orderByAsc=true"
 )
 IDENTITY, PARENT, PLACE = "promptshard.output_id", "mlflow.parentRunId", "output_dir"
+FINAL_TAGS = {"stopped", "selected"}  # of ``FinalResults``
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one batch
 MAX_RUN_NAME = 250  # of MLflow's databases; those other than SQLite refuse longer names
 #: After a call that took longer and failed, other files and models wait for the next round.
@@ -63,7 +64,9 @@ class MlflowStore:
         self.folder, self.target, self.output_id = folder, target, output_id
         self.client: MlflowClient = MlflowClient(target.uri)
         self.run_ids: dict[str | None, str] = {}  #: prompt -> run id; None: the parent
-        self.last_steps: dict[str, dict[str, int]] = {}  #: run id -> metric -> step
+        #: run id -> metric -> step and value of the last point
+        self.last_points: dict[str, dict[str, tuple[int, float]]] = {}
+        self.outdated: dict[str, set[str]] = {}  #: run id -> tags in the store of an earlier end
         self.experiment_id = ""
         self._place = folder.tags()[PLACE]
         self.is_new = False  #: ``attach`` has created runs: the store lacks all their data
@@ -201,7 +204,8 @@ class MlflowStore:
         run_id = run.info.run_id
         self.run_ids[prompt] = run_id
         # The public `data.metrics` has values without steps.
-        self.last_steps[run_id] = {metric.key: metric.step for metric in run.data._metric_objs}
+        self.last_points[run_id] = {m.key: (m.step, m.value) for m in run.data._metric_objs}
+        self.outdated[run_id] = FINAL_TAGS & run.data.tags.keys()
         if running and run.info.status != "RUNNING":
             self.client.update_run(run_id, status="RUNNING")
         if running and run.data.tags.get(PLACE) != self._place:  # the folder was moved
@@ -231,8 +235,13 @@ class MlflowStore:
         ]
         self.client.log_inputs(run_id, datasets=inputs)
 
-    def send(self, lines: Iterable[Line]) -> int:
-        """Send the points that the store does not have; return their number."""
+    def send(self, lines: Iterable[Line], *, final: bool = False) -> int:
+        """Send the points that the store does not have; return their number.
+
+        Args:
+            final: also send a point that has another value than the store's last one of the same
+                step; MLflow shows the one with the later time.
+        """
         from mlflow.entities import Metric
 
         points: dict[str, list[Metric]] = defaultdict(list)
@@ -244,11 +253,12 @@ class MlflowStore:
             values = dict(line.metrics)
             if line.useful_tokens is not None:
                 values["useful_tokens"] = line.useful_tokens
-            last_steps = self.last_steps[run_id]
+            last_points = self.last_points[run_id]
             for name, value in values.items():
                 key = legal(name)
-                if line.step > last_steps.get(key, -1):
-                    last_steps[key] = line.step
+                step, known = last_points.get(key, (-1, value))
+                if line.step > step or (final and line.step == step and value != known):
+                    last_points[key] = line.step, value
                     points[run_id].append(Metric(key, value, int(line.time * 1000), line.step))
         for run_id, metrics in points.items():
             for i in range(0, len(metrics), MAX_METRICS):
@@ -319,9 +329,13 @@ class MlflowStore:
             lines = []
             for name, result in results.prompts.items():
                 lines.append(Line(time, result.step, None, name, dict(result.metrics)))
+                run_id = self.run_ids[name]
                 for key, value in result.tags.items():
-                    self.client.set_tag(self.run_ids[name], key, value)
-            self.send(lines)
+                    self.client.set_tag(run_id, key, value)
+                for key in self.outdated[run_id] - result.tags.keys():
+                    self.client.delete_tag(run_id, key)
+                self.outdated[run_id] = set()
+            self.send(lines, final=True)
             note = self.target.hide(results.note)
             self.client.set_tag(self.run_ids[None], "mlflow.note.content", note)
         parent_last = sorted(self.run_ids.items(), key=lambda item: item[0] is None)
