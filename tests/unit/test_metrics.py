@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from trainer.config import Task
+from trainer.data.column_parsers import parse_tests
 from trainer.evaluation import code_sandbox, metrics
 from trainer.evaluation.metrics import accuracy, execution, matches
 from trainer.runtime.errors import BadInput
@@ -110,6 +111,10 @@ def test_results_are_compared_as_json_values():
     assert score("def f(): return (1, {'a': [True, None, 0.1 + 0.2]})", tests) == 1
     assert score("def f(): return [1, {'a': [1, None, 0.3]}]", tests) == 0
     assert score("def f(): return True", [{"args": [], "result": 1}]) == 0
+    (nan,) = parse_tests('[{"args": [], "result": {"a": [NaN, Infinity]}}]')
+    assert score("def f(): return {'a': [float('nan'), float('inf')]}", [nan]) == 1
+    assert score("def f(): return {'a': [1.0, float('inf')]}", [nan]) == 0
+    assert score("def f(): return float('nan')", [{"args": [], "result": 1.0}]) == 0
     big = 10**40
     assert score(f"def f(): return {big} + 1", [{"args": [], "result": big + 1}]) == 1
     assert score(f"def f(): return {big}", [{"args": [], "result": big + 1}]) == 0

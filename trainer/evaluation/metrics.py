@@ -167,14 +167,18 @@ def _score(output: str, calls: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _same(got: Any, expected: Any) -> bool:
-    """Whether JSON values are equal: a boolean is not a number, floats may differ slightly."""
+    """Whether JSON values are equal: a boolean is not a number, floats may differ slightly.
+
+    NaN equals NaN, which a column of tests can hold if it is JSON as text.
+    """
     if isinstance(expected, bool) or isinstance(got, bool):
         return got is expected
     if isinstance(expected, (int, float)) and isinstance(got, (int, float)):
         if isinstance(expected, int) and isinstance(got, int):
             return got == expected
         try:
-            return math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-12)
+            is_close = math.isclose(got, expected, rel_tol=1e-9, abs_tol=1e-12)
+            return is_close or (math.isnan(got) and math.isnan(expected))
         except OverflowError:  # an integer beyond all floats
             return False
     if isinstance(expected, list) and isinstance(got, list):
