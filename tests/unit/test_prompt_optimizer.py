@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import (
     get_constant_schedule_with_warmup,
@@ -389,6 +390,15 @@ def test_the_preset_is_lesters_recipe_unless_overridden() -> None:
     )
     assert make_optimizer(changed, make_parameters(), 50).learning_rate == pytest.approx(0.1 / 6)
     assert changed.optimizer == "adafactor"
+    for optimizer, rates in (("adafactor", (0.3, None)), ("adamw", (None, 0.1))):
+        given = {"name": "a", "task": "t", "preset": "lester", "optimizer": optimizer}
+        prompt = Prompt.model_validate(given)
+        assert (prompt.learning_rate, prompt.relative_learning_rate) == rates
+        assert prompt.max_grad_norm == (None if optimizer == "adafactor" else 1.0)
+        assert (prompt.schedule, prompt.weight_decay) == ("constant", 1e-5)
+        assert Prompt.model_validate(prompt.model_dump(mode="json")) == prompt
+    with pytest.raises(ValidationError, match="optimizer sgd has no default"):
+        Prompt.model_validate({"name": "a", "task": "t", "preset": "lester", "optimizer": "sgd"})
     assert Prompt.model_validate(changed.model_dump(mode="json")) == changed
 
 

@@ -121,7 +121,8 @@ class Prompt(Section):
         None,
         description="defaults from the literature, which other settings override\n"
         "null: promptshard's own defaults\n"
-        "lester: Adafactor at 0.3, constant schedule, weight decay 1e-5, no clipping",
+        "lester: Adafactor at 0.3, constant schedule, weight decay 1e-5, no clipping; another "
+        "optimizer has its own default rate, and clipping",
     )
     optimizer: Literal["muon", "adamw", "adafactor", "sgd"] | None = Field(
         None,

@@ -15,7 +15,8 @@ DEFAULT_MOMENTUM = 0.5
 DEFAULT_BETAS = (0.8, 0.99)
 #: Default learning rate if relative_learning_rate does not apply.
 DEFAULT_RATE = 3.0e-3
-#: Recipes from the literature. Settings in the run file override them.
+#: Recipes from the literature. Settings in the run file override them. Learning rate and clipping
+#: suit the recipe's optimizer only.
 PRESETS: dict[str, dict[str, Any]] = {
     # Lester et al. 2021, arXiv 2104.08691, section 3. No clipping: Adafactor clips its own updates.
     "lester": {
@@ -33,6 +34,8 @@ def with_defaults(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return a prompt's settings with its preset, learning rate and optimizer filled in."""
     preset = value.get("preset")
     filled = dict(PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else {}
+    if filled and value.get("optimizer") not in (None, filled["optimizer"]):
+        del filled["learning_rate"], filled["max_grad_norm"]
     rates = ("learning_rate", "relative_learning_rate")
     if any(value.get(rate) is not None for rate in rates):
         filled.pop("learning_rate", None)
