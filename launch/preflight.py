@@ -66,7 +66,7 @@ def check_config(
         problems += error.problems
     if problems:
         raise BadInput(problems)
-    for text in notes:
+    for text in [*(config.notes if trains else []), *notes]:
         if text not in printed:
             messages.note(text)
             printed.add(text)

@@ -204,6 +204,18 @@ def test_halving(run_file):
     assert "search.halving.eta: 1 must be greater than or equal to 2" in problem
 
 
+def test_halving_without_prompts_to_compare_is_noted(run_file):
+    run = load(run_file(), ["tasks.triage.validation_share=0.1", "search.halving.first=3"])
+    assert run.notes == []
+    one, two = run.prompts
+    (note,) = run.model_copy(update={"prompts": [one]}).notes
+    assert "search.halving: stops no prompt, because it compares the prompts of a task" in note
+    assert "each task has only one; add prompts, or remove halving" in note
+    taught = two.model_copy(update={"objective": "distill", "teacher": "Read."})
+    (note,) = run.model_copy(update={"prompts": [one, taught]}).notes
+    assert "each task and teacher has only one" in note
+
+
 def test_more_prompts_than_max_prompts(run_file):
     (problem,) = problems_of(run_file(), "search.max_prompts=1")
     assert problem.endswith("prompts: 2, but search.max_prompts is 1; raise it, or split the run")

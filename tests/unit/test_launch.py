@@ -702,6 +702,13 @@ def test_validate_lists_the_prompts_of_a_sweep(run_file):
     assert "OK (3 prompts, 1 task, 5 steps; base " in done.stdout
 
 
+def test_validate_notes_a_halving_that_stops_nothing(run_file):
+    halving = ["search.halving.first=2", "tasks.triage.validation_share=0.2"]
+    done = promptshard("validate", run_file, *halving, TINY_BASE)
+    assert done.returncode == 0, done.stderr
+    assert "search.halving: stops no prompt" in done.stderr
+
+
 def test_validate_reports_what_only_the_tokenizer_shows(run_file):
     """Rows that are too long, and a variable that the chat template does not read."""
     long = "chest " * 600

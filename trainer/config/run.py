@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,6 +170,18 @@ class RunConfig(Section):
                 f"search.halving.first: {halving.first} is not before the last step "
                 f"({self.last_step}), so no prompt would be stopped; lower it"
             )
+
+    @property
+    def notes(self) -> list[str]:
+        """Settings without effect in this run."""
+        rivals = Counter((prompt.task, prompt.teacher) for prompt in self.prompts)
+        if self.search.halving is None or max(rivals.values(), default=2) > 1:
+            return []
+        group = "task and teacher" if any(teacher for _, teacher in rivals) else "task"
+        return [
+            "search.halving: stops no prompt, because it compares the prompts of a "
+            f"{group}, and each {group} has only one; add prompts, or remove halving"
+        ]
 
     def _problems_of_positions(self) -> list[str]:
         problems = []

@@ -66,6 +66,9 @@ def read_tasks(
     runs_code = any(task.metric == "execution" for task in config.tasks)
     if runs_code and (warning := engine.run_on_main(check_sandbox)):
         console.warn(warning)
+    if ROWS_CHECKED not in os.environ:
+        for note in config.notes:
+            console.print(note)
     for data in tasks.values():
         if ROWS_CHECKED not in os.environ:
             for remark in data.remarks:
