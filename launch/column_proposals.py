@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import DataSource
+from trainer.config import DataSource, WrittenSource
 from trainer.config.task import VIRTUAL_TOKENS
 from trainer.runtime.errors import BadInput
 
@@ -77,11 +77,13 @@ class Sample:
     """Columns of the first rows of a data file.
 
     Attributes:
+        source: name of the file in messages.
         rows: number of rows read.
         complete: whether these are all rows.
         note: about the header of the file; empty if it needs none.
     """
 
+    source: str
     columns: list[Column]
     rows: int
     complete: bool
@@ -92,14 +94,20 @@ class Sample:
         return ", ".join(column.name for column in self.columns)
 
 
-def read_sample(train: str) -> Sample:
+def read_sample(train: WrittenSource) -> Sample:
     """Read the first rows of ``train``; raises ``BadInput`` if they cannot be read."""
     from trainer.data.data_files import find_files  # loads Arrow only where rows are read
 
+    sources = [
+        DataSource.model_validate(source)
+        for source in (train if isinstance(train, list) else [train])
+    ]
+
+    label = ", ".join(source.label for source in sources)
     columns: dict[str, Column] = {}
     classes: dict[str, list[str]] = {}
     rows, complete, note = 0, True, ""
-    for file in find_files(DataSource.model_validate(train), "--train", "train"):
+    for file in [f for source in sources for f in find_files(source, "--train", "train")]:
         for name in file.header() or ():
             columns.setdefault(name, Column(name))
             classes[name] = file.class_names(name) or classes.get(name, [])
@@ -116,11 +124,11 @@ def read_sample(train: str) -> Sample:
                     columns.setdefault(name, Column(name)).add(value)
         note = note or _note_on_header(file)
     if not rows:
-        raise BadInput(f"--train: {train}: has no rows")
+        raise BadInput(f"--train: {label}: has no rows")
     for name, labels in classes.items():
         if labels:
             columns[name].labels = dict.fromkeys(labels)
-    return Sample(list(columns.values()), rows, complete, note)
+    return Sample(label, list(columns.values()), rows, complete, note)
 
 
 def _note_on_header(file: DataFile) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch import column_proposals
 from launch.column_proposals import Column, Sample
-from trainer.config import yaml_parser
+from trainer.config import WrittenSource, yaml_parser
 from trainer.config.schema import EDITOR_LINE
 from trainer.runtime.errors import BadInput
 
@@ -41,8 +41,8 @@ class Request:
     file: str
     output_dir: str
     model: str | None = None
-    train: str | None = None
-    validation: str | None = None
+    train: WrittenSource | None = None
+    validation: WrittenSource | None = None
 
 
 def render(request: Request) -> tuple[str, list[str]]:
@@ -124,7 +124,7 @@ def _dialogue(request: Request, sample: Sample) -> dict[str, Any]:
     column = column_proposals.find_dialogue(sample)
     if column is None:
         if problem := column_proposals.problem_of_dialogues(sample):
-            raise BadInput(f"--train: {request.train}: {problem}")
+            raise BadInput(f"--train: {sample.source}: {problem}")
         raise _misfit(request, sample, "no column of dialogues", "generate")
     return {"messages": column.name}
 
@@ -168,15 +168,19 @@ def _input(request: Request, sample: Sample, target: Column | None) -> dict[str,
 
 def _misfit(request: Request, sample: Sample, missing: str, other: str | None = None) -> BadInput:
     remedy = f", or use `promptshard init {other}`: {KINDS[other]}" if other else ""
-    problem = f"--train: {request.train}: has {missing} (columns: {sample.names})"
+    problem = f"--train: {sample.source}: has {missing} (columns: {sample.names})"
     return BadInput(
         [f"{problem}; name other data{remedy}", *([sample.note] if sample.note else [])]
     )
 
 
-def _escape(path: str) -> str:
-    """Escape ``$``, which begins a variable in the run file."""
-    return path.replace("$", "$$")
+def _escape(source: WrittenSource) -> WrittenSource:
+    """Escape ``$``, which begins a variable in paths of the run file."""
+    if isinstance(source, dict):
+        return source | {"path": source["path"].replace("$", "$$")}
+    if isinstance(source, list):
+        return [path.replace("$", "$$") for path in source]
+    return source.replace("$", "$$")
 
 
 def _path(path: str) -> str:

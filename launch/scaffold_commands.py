@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from launch import preflight, run_templates
+from launch import data_folders, preflight, run_templates
 from launch.arguments import as_path, option, path_argument
 from launch.run_templates import KINDS, Request
 from trainer.config import SHIPPED, load
@@ -49,8 +49,8 @@ def init(
         str | None,
         option(
             "FILE",
-            "Rows to train on: a file, a glob or hf://NAME. Its columns are filled in. [default: "
-            "example rows]",
+            "Rows to train on: a file, a glob, a folder or hf://NAME. Its columns are filled in. "
+            "[default: example rows]",
             callback=as_path,
         ),
     ] = None,
@@ -85,15 +85,17 @@ def init(
         raise BadInput(f"init: {kind!r} is not a kind{hint}; known: {', '.join(KINDS)}")
     target = Path(file or f"{kind}.yaml")
     _check_target(target, force)
-    request = Request(
-        kind,
-        file=str(target),
-        output_dir=output_dir or str(Path("runs", target.stem)),
-        model=model or None,
-        train=train or None,
-        validation=validation or None,
+    request, notes = data_folders.with_splits(
+        Request(
+            kind,
+            file=str(target),
+            output_dir=output_dir or str(Path("runs", target.stem)),
+            model=model or None,
+            train=train or None,
+            validation=validation or None,
+        )
     )
-    text, notes = run_templates.render(request)
+    text, more = run_templates.render(request)
     with tempfile.TemporaryDirectory() as folder:  # check before FILE changes
         checked = Path(folder, target.name)
         checked.write_text(text, encoding="utf-8")
@@ -107,7 +109,7 @@ def init(
     shown = shlex.quote(str(target))
     typer.echo(f"wrote {target}: {KINDS[kind]}")
     typer.echo(f"wrote {target.parent / FILE_NAME}: completes and checks run files in editors")
-    for note in notes:
+    for note in notes + more:
         typer.echo(f"note: {note}")
     typer.echo("next:")
     typer.echo(f"  promptshard validate {shown}    check settings and data")

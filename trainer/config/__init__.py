@@ -16,7 +16,7 @@ Names of settings follow PEFT and transformers. ``ranking.py`` has the rule for 
 """
 
 from trainer.config.base import Base, EngineConfig
-from trainer.config.data_source import DataSource
+from trainer.config.data_source import DataSource, WrittenSource
 from trainer.config.init import Init
 from trainer.config.prompt import Prompt
 from trainer.config.run import (
@@ -56,6 +56,7 @@ __all__ = [
     "Prompt",
     "RunConfig",
     "Task",
+    "WrittenSource",
     "check_path",
     "dump",
     "expand_path",

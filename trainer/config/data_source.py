@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from trainer.config.types import PathText, PositiveFloat, PositiveInt, Section, checked
 
+#: Sources as written in a run file: a path, ``{path: ..., split: ...}``, or a list of paths.
+WrittenSource = str | dict[str, str] | list[str]
+
 
 class DataSource(Section):
     """Source of rows: files, a folder of ``Dataset.save_to_disk``, or a hub dataset."""

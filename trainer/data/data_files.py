@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.config import SHIPPED, DataSource, resolve_path
 from trainer.data.csv_reader import csv_header, missing_header, read_csv
 from trainer.data.json_reader import read_json_rows, read_jsonl
+from trainer.data.split_files import split_pairs
 from trainer.data.table_readers import TABLE_FORMATS, Table, open_hub, open_table, saved_files
 from trainer.data.text_readers import (
     GZIP,
@@ -34,6 +35,7 @@ _REMEDIES = {
     ".xlsx": "save it as .csv",
     ".xls": "save it as .csv",
 }
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _GLOB = ("*", "?", "[")
 
 
@@ -163,6 +165,8 @@ def _problem_of_file(file: Path) -> str | None:
     if file.is_dir():
         inside = sorted(f.name for f in file.iterdir() if format_of(f) in FORMATS)
         files = f"; it holds {', '.join(inside[:5])}" if inside else ""
+        if not inside and len(pairs := split_pairs(file)) == 1:
+            files = f"; its rows to train on are {pairs[0].train}"
         return f"is a folder; name data files ({', '.join(FORMATS)}), as {file.name}/*.jsonl{files}"
     if not file.exists():
         if not kind and len(file.parts) <= 2:
@@ -176,4 +180,7 @@ def _problem_of_file(file: Path) -> str | None:
         return f"format {kind or 'without a suffix'!r} is not known; {remedy}"
     if not os.access(file, os.R_OK):
         return "is not readable; change its permissions"
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return "is a pointer of Git LFS, not the data; run `git lfs pull` in its folder"
     return "is empty; it has no rows" if file.stat().st_size == 0 else None

@@ -175,9 +175,8 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
     Raises:
         BadInput: the folder has several splits, but not this one.
     """
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        names = _strings(splits, read_json_object(splits).get("splits"), "splits")
+    names = saved_splits(folder)
+    if names is not None:
         if split not in names:
             raise BadInput(
                 f"{folder}: has no split {split!r}; it has {', '.join(names)}: name one with "
@@ -186,13 +185,21 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
         folder = folder / split
     state = folder / "state.json"
     if not state.is_file():
-        if splits.is_file():
+        if names is not None:
             raise BadInput(f"{folder}: split {split!r} has no state.json; save the data set again")
         return None
     listed = read_json_object(state).get("_data_files")
     items = listed if isinstance(listed, list) else []
     files = [item.get("filename") if isinstance(item, dict) else item for item in items]
     return [folder / name for name in _strings(state, files, "_data_files")]
+
+
+def saved_splits(folder: Path) -> list[str] | None:
+    """List the splits of a folder written by ``DatasetDict.save_to_disk``; None for another one."""
+    file = folder / "dataset_dict.json"
+    if not file.is_file():
+        return None
+    return _strings(file, read_json_object(file).get("splits"), "splits")
 
 
 def _strings(file: Path, value: Any, key: str) -> list[str]:

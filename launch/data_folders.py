@@ -1,0 +1,87 @@
+"""Find the rows of ``promptshard init --train FOLDER``."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.run_templates import Request
+from trainer.config import WrittenSource, resolve_path
+from trainer.runtime.errors import BadInput
+
+if TYPE_CHECKING:
+    from trainer.data.split_files import SplitPair
+
+#: Maximum number of names in a message.
+_SHOWN = 20
+
+
+def with_splits(request: Request) -> tuple[Request, list[str]]:
+    """Replace a folder by its rows to train on; also name rows to validate on, if it has any.
+
+    Returns:
+        The request, and notes.
+
+    Raises:
+        BadInput: the folder has several configurations or splits to train on.
+    """
+    from trainer.data.split_files import split_pairs  # loads Arrow only where rows are read
+    from trainer.data.table_readers import saved_splits
+
+    if not isinstance(request.train, str) or request.train.startswith("hf://"):
+        return request, []
+    folder = Path(request.train)
+    if not resolve_path(request.train).is_dir() or (folder / "state.json").is_file():
+        return request, []
+    pairs = split_pairs(folder)
+    if len(pairs) > 1:
+        raise BadInput(_choice(request, folder, pairs))
+    if not pairs:
+        if names := saved_splits(folder):
+            raise BadInput(
+                f"--train: {folder}: has no split 'train'; it has {', '.join(names)}: name one as "
+                f"--train {shlex.quote(str(folder / names[0]))}"
+            )
+        return request, []
+    (pair,) = pairs
+    notes = []
+    validation = request.validation
+    if validation is None and pair.validation is not None:
+        validation = pair.validation
+        notes = [f"validation rows are those of the split {pair.validation_split} in {folder}"]
+    return replace(request, train=pair.train, validation=validation), notes
+
+
+def _choice(request: Request, folder: Path, pairs: list[SplitPair]) -> str:
+    """List configurations or splits, and the command for the first one."""
+    configs = list(dict.fromkeys(pair.config or "(files of no configuration)" for pair in pairs))
+    several = len(configs) > 1
+    names = configs if several else [pair.train_split for pair in pairs]
+    kind = "configurations" if several else "splits to train on"
+    more = ", ..." if len(names) > _SHOWN else ""
+    problem = (
+        f"--train: {folder}: has {len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}; name the "
+        "rows of one"
+    )
+    command = _command(request, folder, pairs[0])
+    return f"{problem}: {command}" if command else f"{problem} in the run file"
+
+
+def _command(request: Request, folder: Path, pair: SplitPair) -> str:
+    """Return the command for one pair of splits; empty if no option can name its files."""
+    train, validation = _option(pair.train), _option(pair.validation)
+    if not train or (validation is None) != (pair.validation is None):
+        return ""
+    file = [] if request.file == f"{request.kind}.yaml" else [request.file]
+    options = ["--train", train, *(["--validation", validation] if validation else [])]
+    options += ["--model", request.model] if request.model else []
+    return shlex.join(["promptshard", "init", request.kind, *file, *options])
+
+
+def _option(source: WrittenSource | None) -> str | None:
+    """Return a source as an option names it; None if it cannot."""
+    if isinstance(source, dict):  # a split of a saved folder is a folder itself
+        return str(Path(source["path"], source["split"]))
+    return source if isinstance(source, str) else None
