@@ -65,7 +65,7 @@ def plan(
 
     Reads the run file, the rows and the headers of the base's weight files; needs no GPU. Of a
     model on the hub, only small files and headers are downloaded. `*` marks the shard group that
-    `engine.shard_group: auto` takes.
+    `engine.shard_group: auto` takes. Ends with exit code 2 if no shard group fits.
 
     **Examples:**
 
@@ -191,8 +191,8 @@ def time_limit(arguments: Sequence[str]) -> PlannedTime:
         arguments: of ``plan_arguments``.
 
     Raises:
-        BadInput: the run does not fit.
-        typer.Exit: the plan failed; its messages are printed.
+        BadInput: the run does not fit with its shard group, but with another one.
+        typer.Exit: the run does not fit, or the plan failed; its messages are printed.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "plan.json")
@@ -203,10 +203,9 @@ def time_limit(arguments: Sequence[str]) -> PlannedTime:
     if not option["fits"]:
         gigabytes = (option["bytes"]["total"] / 1e9, planned["memory_bytes"] / 1e9)
         groups = [str(o["shard_group"]) for o in planned["options"] if o["fits"]]
-        remedy = f"use engine.shard_group={groups[0]}" if groups else "use more GPUs"
         raise BadInput(
             f"submit: {arguments[0]} does not fit: a rank needs {gigabytes[0]:,.1f} of "
-            f"{gigabytes[1]:,.1f} GB with engine.shard_group={option['shard_group']}; {remedy}, or "
-            "submit without --plan"
+            f"{gigabytes[1]:,.1f} GB with engine.shard_group={option['shard_group']}; use "
+            f"engine.shard_group={groups[0]}, or submit without --plan"
         )
     return PlannedTime(option["hours"], option["time_limit"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer import Exit
 from typer.testing import CliRunner
 
 from launch import plan_command
@@ -343,6 +344,24 @@ def test_rows_determine_the_plan_without_row_tokens(
     option = json.loads(out.read_text())["options"][0]
     assert 0 < option["micro_batch_tokens"] < 200
     assert option["seconds"]["validation"] > 0
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_run_that_fits_with_no_shard_group_is_bad_input(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, settings = tmp_path / "plan.json", ["base.quantization=none"]
+    arguments = plan_arguments(str(run_file), settings, 1, 1, gpu="t4", row_tokens=512)
+    assert command.main([*arguments, f"--json={out}"]) == 2
+    captured = capsys.readouterr()
+    assert "  NO " in captured.out, "the table is printed"
+    assert not any(option["fits"] for option in json.loads(out.read_text())["options"])
+    needs = r"run\.yaml: does not fit: a rank needs at least [\d.]+ of 1[\d.]+ GB \(with engine"
+    assert re.search(needs, captured.err)
+    assert "use more devices, or devices with more memory" in captured.err
+    with pytest.raises(Exit) as ended:
+        plan_command.time_limit(arguments)
+    assert ended.value.exit_code == 2
 
 
 def problems_of(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(config: RunConfig, chosen: argparse.Namespace) -> None:
+    """Print and write a plan; raises ``BadInput`` after that if no option fits."""
     from trainer.commands.plan_table import print_plan
     from trainer.cost_model.run_plan import plan_run
 
@@ -72,6 +73,15 @@ def _plan(config: RunConfig, chosen: argparse.Namespace) -> None:
     if chosen.json != "-":
         print_plan(plan, needs)
     _write_json(plan, chosen.json)
+    if not any(option.fits for option in plan.options):
+        sys.stdout.flush()  # the table comes first
+        least = min(plan.options, key=lambda option: option.bytes.total)
+        held = plan.device.memory_bytes + plan.device.context_bytes
+        raise BadInput(
+            f"{chosen.run_file}: does not fit: a rank needs at least "
+            f"{least.bytes.total / 1e9:,.2f} of {held / 1e9:,.2f} GB (with engine.shard_group="
+            f"{least.shard_group}); use more devices, or devices with more memory"
+        )
 
 
 def _check_offload(config: RunConfig) -> None:

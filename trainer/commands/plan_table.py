@@ -53,8 +53,6 @@ def _print_details(option: Option) -> None:
         f"  {_number(option.hours)} h, {_number(option.hours * option.world_size)} device-hours; "
         f"Slurm: --time {option.limit}"
     )
-    if not option.fits:
-        print("  does not fit: use more devices, or devices with more memory")
 
 
 def _line(option: Option) -> str:
