@@ -41,6 +41,7 @@ class Column:
 
     Attributes:
         rows: number of rows with a value.
+        blank: number of rows whose value is a blank text.
         texts, lists, dialogues: number of rows in which the value is a text, a list, a dialogue.
         labels: different values as text, or those in lists; None: too many, or not labels.
         no_dialogue: why the first list is not a dialogue; empty if it is one.
@@ -48,6 +49,7 @@ class Column:
 
     name: str
     rows: int = 0
+    blank: int = 0
     texts: int = 0
     lists: int = 0
     dialogues: int = 0
@@ -56,6 +58,7 @@ class Column:
 
     def add(self, value: Any) -> None:
         self.rows += 1
+        self.blank += isinstance(value, str) and not value.strip()
         self.texts += isinstance(value, str)
         self.lists += isinstance(value, list)
         if isinstance(value, list) or str(value).lstrip().startswith("["):
@@ -165,12 +168,24 @@ def find_target(sample: Sample) -> Column | None:
 
 
 def find_inputs(sample: Sample, target: Column | None) -> list[Column]:
-    """Return the columns to read: those with usual names, else all other texts."""
-    full = [c for c in sample.columns if c is not target and c.rows == sample.rows]
-    texts = [c for c in full if c.texts == c.rows and not _is_identifier(c)]
+    """Return the columns to read: those with usual names, else all other texts.
+
+    Only columns with usual names may be missing in some rows.
+    """
+    scalars = [
+        c
+        for c in sample.columns
+        if c is not target and c.rows > c.lists == 0 and not _is_identifier(c)
+    ]
+    texts = [c for c in scalars if c.texts == c.rows > c.blank]
     usual = [column for column in texts if column.name.lower() in INPUTS]
-    scalars = [c for c in full if not c.lists and not _is_identifier(c)]
-    return usual or texts or scalars
+    full = [c for c in scalars if c.rows == sample.rows]
+    return usual or [c for c in texts if c in full] or full
+
+
+def num_without(sample: Sample, column: Column) -> int:
+    """Return the number of rows without a value, or with a blank one, in a column."""
+    return sample.rows - column.rows + column.blank
 
 
 def find_dialogue(sample: Sample) -> Column | None:

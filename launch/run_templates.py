@@ -103,6 +103,7 @@ def _shipped_columns(request: Request) -> dict[str, Any]:
         "columns": "",
         "messages": "messages",
         "input": "{text}\nAnswer:",
+        "optional": [],
         "target": f" {{{target}}}",
         "choices": ["metabolic", "cardiac", "other"],
         "choices_note": "",
@@ -163,7 +164,14 @@ def _input(request: Request, sample: Sample, target: Column | None) -> dict[str,
         inputs = column_proposals.find_inputs(sample, None)
     if not inputs:
         raise _misfit(request, sample, "no column of texts to read")
-    return {"input": column_proposals.template(inputs) + "\nAnswer:"}
+    without = {column.name: column_proposals.num_without(sample, column) for column in inputs}
+    without = {name: rows for name, rows in without.items() if rows and len(inputs) > 1}
+    counts = [f"{name} in {rows:,} of {sample.rows:,} rows" for name, rows in without.items()]
+    return {
+        "input": column_proposals.template(inputs) + "\nAnswer:",
+        "optional": list(without),
+        "optional_note": ", ".join(counts),
+    }
 
 
 def _misfit(request: Request, sample: Sample, missing: str, other: str | None = None) -> BadInput:

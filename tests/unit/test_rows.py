@@ -447,6 +447,36 @@ def test_an_optional_field_may_be_empty(tmp_path):
     assert "context and text: are empty" in problem(path, input="{context}\n{text}")
 
 
+def test_optional_columns_may_be_missing(tmp_path):
+    settings = {"input": "{text}\n{context}", "optional": ["context"]}
+    contexts = [{"context": "c"}, {"context": ""}, {"context": None}, {}]
+    rows = [{"text": str(i), "label": "a", **context} for i, context in enumerate(contexts)]
+    path = write(tmp_path, "d.jsonl", rows)
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for file in (path, str(tmp_path / "d.parquet")):
+        read = load_rows(file, task(**settings))
+        assert [row["context"] for row in read] == ["c", "", "", ""]
+        assert render("{text}\n{context}\n", read[3]) == "3\n\n"
+    assert problems(path, input="{text}\n{context}")[0].startswith("d.jsonl:3: context: is null")
+    empty = write(
+        tmp_path, "e.jsonl", [{"text": " ", "label": "a"}, {"context": "c", "label": "a"}]
+    )
+    first, second = problems(empty, **settings)
+    assert first.startswith("e.jsonl:1: text and context: are empty, so the input has no text")
+    assert second.startswith("e.jsonl:2: no column 'text'")
+
+
+def test_a_misspelled_optional_column_is_refused(tmp_path):
+    path = write(tmp_path, "d.jsonl", [{"text": "t", "label": "a", "context": "c"}])
+    misspelled = task(train=path, input="{text}{contxet}", optional=["contxet"])
+    with pytest.raises(BadInput) as caught:
+        load_splits(misspelled)
+    assert caught.value.problems == [
+        "tasks.animals.optional: no training row has a column 'contxet' (did you mean 'context'?); "
+        "columns: context, label, text"
+    ]
+
+
 @pytest.mark.fault("malformed rows")
 def test_mixed_types_name_the_deviating_row(tmp_path):
     rows = [{"text": "x", "label": label} for label in ("a", "b", 3, True)]

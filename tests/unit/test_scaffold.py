@@ -126,6 +126,16 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         [{"instruction": "Add.", "input": f"{i}+1", "output": f"{i + 1}"} for i in range(3)],
         {"input": "{instruction}\n{input}\nAnswer:", "target": " {output}"},
     ),
+    "inputs that some rows lack": (
+        "generate",
+        [
+            {"instruction": "Add 1 to 2.", "output": "3"},
+            {"instruction": "Add.", "input": "1+2", "output": "3"},
+            {"instruction": "Add 2 to 2.", "input": "", "output": "4"},
+            {"instruction": "Add 2 to 3.", "input": None, "output": "5"},
+        ],
+        {"input": "{instruction}\n{input}\nAnswer:", "optional": ["input"]},
+    ),
     "unknown names": (
         "generate",
         [{"uuid": f"x{i}", "english": f"one {i}", "french": f"un {i}"} for i in range(3)],
@@ -148,6 +158,18 @@ def test_init_reads_columns(kind, rows, expected, tmp_path, monkeypatch):
     config = preflight.check_run(f"{kind}.yaml", [])
     values = config.tasks[0].model_dump()
     assert {key: values[key] for key in expected} == expected
+
+
+def test_init_says_how_many_rows_lack_an_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Add {i}.", "input": "1" * (i % 4), "output": "2"} for i in range(40)]
+    Path("rows.json").write_text(json.dumps(rows))
+    call("init", "generate", "--train", "rows.json")
+    text = Path("generate.yaml").read_text()
+    assert "their line in input is then empty: input in 10 of 40 rows.\n" in text
+    Path("rows.jsonl").write_text('{"text": "a", "code": "b"}\n{"code": "c"}\n')
+    call("init", "generate", "--train", "rows.jsonl", "--force")
+    assert "optional" not in Path("generate.yaml").read_text().replace("Optional settings", "")
 
 
 def test_init_leaves_out_columns_that_cannot_be_read(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from trainer.config.types import (
     Section,
     checked,
 )
+from trainer.runtime.errors import did_you_mean
 
 LOWER_IS_BETTER = frozenset({"loss"})
 #: Default columns that rows may lack: of the tools that a dialogue may call, as in TRL; of the mask
@@ -115,6 +116,12 @@ class Task(Section):
         "{virtual_tokens} marks the place of the prompt; default: before everything. Fixed text "
         "around it, up to the first column, becomes part of the prompt and costs nothing per row.\n"
         'Required, except with messages or tokens. For example "{text}\\nTopic:".',
+    )
+    optional: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        json_schema_extra={"default": []},
+        description="columns of input that rows may lack\n"
+        "A missing or null value is read as an empty text, such as the input of some instructions.",
     )
     target: str = Field(
         "",
@@ -280,6 +287,7 @@ class Task(Section):
         twice = [text for text in self.hand_written if self.hand_written.count(text) > 1]
         if twice:
             problems.append(f"hand_written: {twice[0]!r} is listed more than once; remove one")
+        problems += self._problems_of_optional()
         problems += self._problems_of_paraphrases()
         if self.tests != "tests" and self.metric != "execution":
             problems.append(f"tests: metric {self.metric} does not use it; use metric: execution")
@@ -332,6 +340,20 @@ class Task(Section):
                 f"{' or '.join(allowed)}"
             )
         return problems
+
+    def _problems_of_optional(self) -> list[str]:
+        columns, target = template_fields(self.input), template_fields(self.target)
+        known = f"its columns: {', '.join(columns) or 'none'}"
+        problems = [
+            f"optional: {name!r} is no column of input{did_you_mean(name, columns)}; {known}"
+            for name in self.optional
+            if name not in columns
+        ]
+        return problems + [
+            f"optional: {name!r} is also a column of target, which every row needs; remove it"
+            for name in self.optional
+            if name in target
+        ]
 
     def _problems_of_paraphrases(self) -> list[str]:
         if self.paraphrases and not self.input:

@@ -147,9 +147,9 @@ class RowValidator:
     """Checks the rows of one file against one task: ``check`` every record, then ``finish``.
 
     A row is invalid if it is malformed; if a used column is missing, null, neither text nor number,
-    or of another kind than in most rows; if all fields of the input or of the target are blank; if
-    the label is not one of ``choices``; or if test calls, dialogue, token ids or labels are
-    malformed.
+    or of another kind than in most rows (columns in ``optional`` may be missing or null); if all
+    fields of the input or of the target are blank; if the label is not one of ``choices``; or if
+    test calls, dialogue, token ids or labels are malformed.
     """
 
     def __init__(self, path: str, task: Task) -> None:
@@ -227,7 +227,9 @@ class RowValidator:
         """Check one value; if valid, put its parsed form into ``row``."""
         column = self._columns[name]
         value = record.values.get(name)
-        if name in self._optional and value is None:
+        if name in self.task.optional and (value is None or value != value):
+            row[name] = ""
+        elif name in self._optional and value is None:
             row[name] = None
         elif name not in record.values:
             column.missing += 1

@@ -19,7 +19,7 @@ from trainer.data.ingest import IngestedFile, OnRows, ingest
 from trainer.data.row_hashing import find_leaks, first_by_hash, split_by_hash
 from trainer.data.row_validation import Problems, merge_problems
 from trainer.data.sampler import weighted_counts
-from trainer.runtime.errors import BadInput
+from trainer.runtime.errors import BadInput, did_you_mean
 
 SPLITS = ("train", "validation", "shifted_validation")
 
@@ -202,7 +202,17 @@ class _SplitReader:
                     is_valid = False
                 else:
                     by_source[-1].append(ingested)
-        return _join(sources, by_source) if is_valid else None
+        if not is_valid:
+            return None
+        columns = {name for files in by_source for file in files for name in file.columns}
+        if unknown := [n for n in task.optional if split == "train" and n not in columns]:
+            known = ", ".join(sorted(columns))
+            self.problems.append(
+                f"tasks.{task.name}.optional: no training row has a column {unknown[0]!r}"
+                f"{did_you_mean(unknown[0], sorted(columns))}; columns: {known}"
+            )
+            return None
+        return _join(sources, by_source)
 
 
 def _join(sources: Sequence[DataSource], by_source: Sequence[list[IngestedFile]]) -> RowDataset:
