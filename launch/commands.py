@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 import itertools
 import os
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -55,7 +56,7 @@ from launch.start import count, run_alone, start_ranks
 from trainer.checkpointing.run_lock import LOCK, refuse_if_alive
 from trainer.config import load
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import ROWS_CHECKED, STARTED, process_age
+from trainer.runtime.process import ROWS_CHECKED, START_OPTIONS, STARTED, process_age
 from trainer.tracking.process_client import URI_VARIABLE
 
 app = typer.Typer(
@@ -164,6 +165,17 @@ def train(
         )
     config = preflight.check_run(run_file, overrides)
     os.environ[ROWS_CHECKED] = "1"
+    os.environ[START_OPTIONS] = _start_options(
+        {
+            "--processes": processes,
+            "--hostfile": hostfile,
+            "--no-ssh": no_ssh,
+            "--node-rank": node_rank,
+            "--master-addr": master_addr,
+            "--master-port": master_port,
+            "--max-restarts": max_restarts or None,
+        }
+    )
     # Its ranks take the lock only when they have imported their libraries.
     starting = () if node_rank else [f"logs/{name}" for name in LAUNCHER_MARKS]
     refuse_if_alive(Path(config.output_dir), [LOCK, *starting])
@@ -189,6 +201,15 @@ def train(
         return report
 
     _exit_with(restarts.run(attempt, Path(config.output_dir), max_restarts, fresh=fresh))
+
+
+def _start_options(given: Mapping[str, object]) -> str:
+    """Format options, without those that are None or False, as in a shell."""
+    words = []
+    for name, value in given.items():
+        if value is not None and value is not False:
+            words += [name] if value is True else [name, str(value)]
+    return shlex.join(words)
 
 
 def validate(

@@ -288,7 +288,9 @@ def _resume_command(run_dir: Path) -> str:
     command, ranks = environment.get("command"), environment.get("world_size")
     if not isinstance(command, str) or not command.startswith(_RANK_COMMAND):
         return ""
-    words = command.removeprefix(_RANK_COMMAND)
-    if isinstance(ranks, int) and ranks != 2 and str(environment.get("device")).startswith("cpu"):
+    words, options = command.removeprefix(_RANK_COMMAND), environment.get("start_options")
+    if isinstance(options, str):
+        words += f" {options}".rstrip()
+    elif isinstance(ranks, int) and ranks != 2 and str(environment.get("device")).startswith("cpu"):
         words += f" --processes {ranks}"
     return f"promptshard train {words}"

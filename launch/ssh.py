@@ -16,6 +16,7 @@ from launch import messages
 from launch.exit_report import ExitReport, describe
 from launch.launcher_process import GRACE_SECONDS, StopSignals, guarded, signal_group, start, wait
 from trainer.runtime import bootstrap
+from trainer.runtime.process import START_OPTIONS
 from trainer.runtime.redact import redact
 
 STOP_SECONDS = 30.0  # for the launcher to stop the ranks of other hosts over ssh
@@ -67,6 +68,10 @@ def _exported(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
         if path.is_file()
     ]
     merged = folder / "deepspeed_env"
+    options = environment.get(START_OPTIONS)
+    # The launcher writes values into a shell command, in double quotes.
+    if options is not None and re.fullmatch(r"[\w@+=:,./\-' ]*", options):
+        texts.append(f"{START_OPTIONS}={options}")
     merged.write_text("".join(f"{text}\n" for text in texts if text))
     result["DS_ENV_FILE"] = str(merged)
     secrets = [

@@ -125,8 +125,10 @@ def _details(status: Status, now: float) -> list[str]:
         lines.append(f"checkpoint: step {status.checkpoint}")
     if status.resume:
         verb = "start over" if status.checkpoint is None else "resume"
-        missing = "" if _is_here(status.resume) else "   (in the folder in which it was started)"
-        lines.append(f"{verb}: {status.resume}{missing}")
+        hints = [] if _is_here(status.resume) else ["in the folder in which it was started"]
+        hints += ["on every host, with its --node-rank"] if "--no-ssh" in status.resume else []
+        where = f"   ({'; '.join(hints)})" if hints else ""
+        lines.append(f"{verb}: {status.resume}{where}")
     if status.state == "dead" and process is not None and "heartbeat" in (process.dead or ""):
         lines.append(
             f"first make sure that process {process.pid} on {process.host} has ended: the host may "

@@ -180,6 +180,8 @@ def test_a_prefix_learns_the_task(run_file: Path) -> None:
 def test_output_folder(two_ranks: Path) -> None:
     for name in ("run.yaml", "metrics.jsonl", "report.html", "environment.json", "../mlflow.db"):
         assert (two_ranks / name).stat().st_size > 0, name
+    environment = json.loads((two_ranks / "environment.json").read_text())
+    assert environment["start_options"] == "--processes 2"
     assert sorted(p.name for p in (two_ranks / "checkpoints").iterdir()) == [
         f"step-{STEPS // 2:08d}",
         f"step-{STEPS:08d}",

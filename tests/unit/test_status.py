@@ -348,6 +348,25 @@ def test_a_stopped_run_names_the_command_that_resumes_it(out):
     assert "start over: promptshard train my.yaml" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [
+        ("--hostfile 'my hosts'", " --hostfile 'my hosts'"),
+        ("--hostfile hosts --no-ssh --node-rank 0", " --hostfile hosts --no-ssh --node-rank 0"),
+        ("", ""),
+        (None, " --processes 4"),  # of an earlier version, or started by hand
+    ],
+)
+def test_a_run_is_resumed_with_the_options_that_started_it(out, options, added):
+    environment = {"command": "deepspeed --module trainer my.yaml", "start_options": options}
+    environment |= {"world_size": 4, "device": "cpu"}
+    (out / "environment.json").write_text(json.dumps(environment))
+    report = status.read_status(out)
+    assert report.resume == f"promptshard train my.yaml{added}"
+    text = status_text.as_text(report)
+    assert ("; on every host, with its --node-rank)" in text) == ("--no-ssh" in added)
+
+
 def test_a_moved_or_copied_run_is_resumed_in_its_own_folder(out):
     copy = out.with_name("a copy")
     shutil.copytree(out, copy)

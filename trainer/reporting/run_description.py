@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import resource
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from trainer.distributed.zero3_sharder import base_bytes
 from trainer.model.checkpoint_files import portable
 from trainer.runtime import atomic_io
 from trainer.runtime.git_revision import git_revision
+from trainer.runtime.process import START_OPTIONS
 from trainer.runtime.redact import redact
 from trainer.tracking.progress_file import ProgressFile, forget_tracking
 from trainer.training.loop import Loop
@@ -61,6 +63,7 @@ def describe_run(
         "host": platform.node(),
         "git_revision": git_revision(PROJECT_ROOT),
         "command": redact(command),
+        "start_options": os.environ.get(START_OPTIONS),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     atomic_io.write_json(output / "environment.json", environment)

@@ -21,6 +21,9 @@ UNFINISHED = "PROMPTSHARD_UNFINISHED"
 ROWS_CHECKED = "PROMPTSHARD_ROWS_CHECKED"
 #: Environment variable with the time (seconds since the epoch) at which the command was started.
 STARTED = "PROMPTSHARD_STARTED"
+#: Environment variable with the options of ``promptshard train`` that started the ranks and that a
+#: resume repeats, such as ``--hostfile hosts``.
+START_OPTIONS = "PROMPTSHARD_START_OPTIONS"
 #: Libraries that torch and transformers (5.0 to 5.24) import if installed, for parts that are not
 #: used here: losses of image models, assisted generation, pickles of lambdas, loading to several
 #: devices. scikit-learn imports scipy, so both must be hidden.
