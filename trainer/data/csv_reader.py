@@ -35,7 +35,8 @@ def csv_header(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     _check_delimiter(file, delimiter)
     rows = _fields(file, csv.reader(_lines(file), delimiter=delimiter, strict=True))
     _, names = next(rows, (0, []))
-    twice = sorted({name for name in names if names.count(name) > 1})
+    # Spreadsheets write columns without a name at the end of lines; templates cannot use them.
+    twice = sorted({name for name in names if name.strip() and names.count(name) > 1})
     if twice:
         raise BadInput(f"{file}:1: duplicate column {twice[0]!r} in the header; rename one")
     if not any(names):
