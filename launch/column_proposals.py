@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,12 @@ from trainer.runtime.errors import BadInput
 if TYPE_CHECKING:
     from trainer.data.data_files import DataFile
 
-#: Maximum number of rows that are read, and of different values of a column of labels.
-MAX_ROWS, MAX_LABELS = 100_000, 50
+#: Maximum number of rows that are read.
+MAX_ROWS = 100_000
+#: Maximum number of different values of a column of labels, and of one without a usual name.
+MAX_LABELS, _MAX_UNNAMED_LABELS = 200, 50
+#: Maximum number of words of labels with a usual name that are different in most rows.
+_LABEL_WORDS = 5
 #: Usual names of columns, in order of preference.
 # fmt: off
 LABELS = (
@@ -43,6 +48,7 @@ class Column:
         rows: number of rows with a value.
         blank: number of rows whose value is a blank text.
         texts, lists, dialogues: number of rows in which the value is a text, a list, a dialogue.
+        numbers: number of rows in which the value is a number, also as text.
         labels: different values as text, or those in lists; None: too many, or not labels.
         no_dialogue: why the first list is not a dialogue; empty if it is one.
     """
@@ -52,6 +58,7 @@ class Column:
     blank: int = 0
     texts: int = 0
     lists: int = 0
+    numbers: int = 0
     dialogues: int = 0
     labels: dict[str, None] | None = field(default_factory=dict)
     no_dialogue: str = ""
@@ -61,6 +68,7 @@ class Column:
         self.blank += isinstance(value, str) and not value.strip()
         self.texts += isinstance(value, str)
         self.lists += isinstance(value, list)
+        self.numbers += _is_number(value)
         if isinstance(value, list) or str(value).lstrip().startswith("["):
             problem = _no_dialogue(value)
             self.dialogues += not problem
@@ -152,13 +160,27 @@ def _note_on_header(file: DataFile) -> str:
 
 def find_label(sample: Sample) -> Column | None:
     """Return the column of labels: by name, else the last one with few different values."""
-    possible = [
-        column
-        for column in sample.columns
-        if column.labels is not None and 2 <= len(column.labels) <= MAX_LABELS
-    ]
-    few = [c for c in possible if len(c.labels or ()) <= max(2, sample.rows // 4)]
-    return _preferred(possible, LABELS) or next(reversed([*_no_inputs(few)]), None)
+    possible = [c for c in sample.columns if c.labels is not None and len(c.labels) > 1]
+    few = [c for c in possible if _has_few_values(sample, c)]
+    named = [c for c in possible if c in few or _max_words(c) <= _LABEL_WORDS]
+    return _preferred(named, LABELS) or next(reversed([*_no_inputs(few)]), None)
+
+
+def other_labels(sample: Sample, label: Column) -> list[Column]:
+    """Return the other columns that may be the labels; none if the name of ``label`` is usual."""
+    if label.name.lower() in LABELS:
+        return []
+    few = [c for c in sample.columns if len(c.labels or ()) > 1 and _has_few_values(sample, c)]
+    return [column for column in _no_inputs(few) if column is not label]
+
+
+def _has_few_values(sample: Sample, column: Column) -> bool:
+    most = min(_MAX_UNNAMED_LABELS, max(2, sample.rows // 4))
+    return column.labels is not None and len(column.labels) <= most
+
+
+def _max_words(column: Column) -> int:
+    return max(len(label.split()) for label in column.labels or [""])
 
 
 def find_target(sample: Sample) -> Column | None:
@@ -180,7 +202,14 @@ def find_inputs(sample: Sample, target: Column | None) -> list[Column]:
     texts = [c for c in scalars if c.texts == c.rows > c.blank]
     usual = [column for column in texts if column.name.lower() in INPUTS]
     full = [c for c in scalars if c.rows == sample.rows]
-    return usual or [c for c in texts if c in full] or full
+    full_texts = [c for c in texts if c in full]
+    sentences = [
+        column
+        for column in full_texts
+        if column.numbers < column.rows
+        and (not _has_few_values(sample, column) or _max_words(column) > _LABEL_WORDS)
+    ]
+    return usual or sentences or full_texts or full
 
 
 def num_without(sample: Sample, column: Column) -> int:
@@ -205,6 +234,17 @@ def similar_labels(labels: Collection[str]) -> list[str]:
     for label in labels:
         groups.setdefault(" ".join(label.lower().split()), []).append(label)
     return next((group for group in groups.values() if len(group) > 1), [])
+
+
+def sorted_labels(column: Column) -> list[str]:
+    """Return the labels in order of appearance; numbers ascending, and 1.0 as 1 in all or none."""
+    labels = list(column.labels or ())
+    if not all(map(_is_number, labels)):
+        return labels
+    integers = [re.fullmatch(r"(-?\d+)(\.0+)?", label) for label in labels]
+    if all(integers):
+        labels = list(dict.fromkeys(match[1] for match in integers if match))
+    return sorted(labels, key=float)
 
 
 def template(columns: Sequence[Column]) -> str:
@@ -235,6 +275,12 @@ def _no_dialogue(value: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _label(value: Any) -> str | None:

@@ -107,6 +107,8 @@ def _shipped_columns(request: Request) -> dict[str, Any]:
         "target": f" {{{target}}}",
         "choices": ["metabolic", "cardiac", "other"],
         "choices_note": "",
+        "numeric": False,
+        "other_labels": "",
         "multi": False,
     }
 
@@ -146,7 +148,8 @@ def _classes(request: Request, sample: Sample) -> dict[str, Any]:
     if label is None:
         most = column_proposals.MAX_LABELS
         raise _misfit(request, sample, f"no column with 2 to {most} different labels", "generate")
-    choices = list(label.labels or ())
+    choices = column_proposals.sorted_labels(label)
+    others = [column.name for column in column_proposals.other_labels(sample, label)]
     note = "" if sample.complete else f" of the first {sample.rows:,} rows; add those of others"
     if similar := column_proposals.similar_labels(choices):
         note += f"; {_yaml(similar)} differ only in case or white space"
@@ -154,6 +157,8 @@ def _classes(request: Request, sample: Sample) -> dict[str, Any]:
         "target": f" {{{label.name}}}",
         "choices": choices,
         "choices_note": note,
+        "numeric": all(choice.lstrip("-").isdigit() for choice in choices),
+        "other_labels": f" # or {', '.join(others)}" if others else "",
         "multi": bool(label.lists),
     }
 

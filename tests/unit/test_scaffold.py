@@ -95,7 +95,7 @@ def test_init_fills_in_its_options(tmp_path, monkeypatch):
     config = preflight.check_run("sub/mine.yaml", [])
     (task,) = config.tasks
     assert (task.input, task.target) == ("{review}\nAnswer:", " {stars}")
-    assert task.choices == ["5", "1"]
+    assert task.choices == ["1", "5"]
     assert [source.path for source in [*task.train, *(task.validation or [])]] == ["cost$.csv"] * 2
     assert (config.base.model, config.output_dir) == ("model", "out: 1")
 
@@ -115,6 +115,24 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         "classify",
         [{"label": "no" if i % 2 else "yes", "text": "ab"[i % 2]} for i in range(8)],
         {"input": "{text}\nAnswer:", "choices": ["yes", "no"]},
+    ),
+    "many labels with a usual name": (
+        "classify",
+        [{"text": f"text {i}", "intent": f"intent {i}"} for i in range(150)],
+        {"target": " {intent}", "choices": [f"intent {i}" for i in range(150)]},
+    ),
+    "numbers ascending": (
+        "classify",
+        [{"text": f"text {i}", "rating": f"{3 - i % 3}.0"} for i in range(9)],
+        {"target": " {rating}", "choices": ["1", "2", "3"]},
+    ),
+    "other labels are no inputs": (
+        "classify",
+        [
+            {"comment": f"{i} words", "toxic": i % 2, "n": str(i), "obscene": i % 3}
+            for i in range(9)
+        ],
+        {"input": "{comment}\nAnswer:", "target": " {obscene}", "choices": ["0", "1", "2"]},
     ),
     "vectors are no labels": (
         "classify",
@@ -158,6 +176,16 @@ def test_init_reads_columns(kind, rows, expected, tmp_path, monkeypatch):
     config = preflight.check_run(f"{kind}.yaml", [])
     values = config.tasks[0].model_dump()
     assert {key: values[key] for key in expected} == expected
+
+
+def test_init_names_other_columns_of_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{i} words,{i % 2},{i % 3},{i}\n" for i in range(20))
+    Path("rows.csv").write_text("comment,toxic,obscene,n\n" + rows)
+    call("init", "classify", "--train", "rows.csv")
+    text = Path("classify.yaml").read_text()
+    assert "target: ' {obscene}' # or toxic\n" in text
+    assert "# Words are often easier for a model than numbers" in text
 
 
 def test_init_says_how_many_rows_lack_an_input(tmp_path, monkeypatch):
@@ -268,6 +296,8 @@ def test_init_says_that_labels_are_those_of_the_first_rows(tmp_path, monkeypatch
 def test_init_refuses_bad_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("one\ntwo\n")
+    answers = "".join(f"question {i},this is the answer number {i}\n" for i in range(9))
+    Path("answers.csv").write_text("question,answer\n" + answers)
     Path("bad.jsonl").write_text("{\n")
     turns = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path("roles.jsonl").write_text(json.dumps({"messages": turns}))
@@ -282,7 +312,8 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
         ("chat", "--train", "texts.txt"): r"no column of dialogues \(columns: text\).*generate",
         ("chat", "--train", "roles.jsonl"): r"messages: \[0\]\.role: 'developer' is not one of",
         ("generate", "--train", "texts.txt"): "no column of texts to learn.*init distill",
-        ("classify", "--train", "texts.txt"): "no column with 2 to 50 different labels",
+        ("classify", "--train", "texts.txt"): "no column with 2 to 200 different labels",
+        ("classify", "--train", "answers.csv"): "no column with 2 to 200 .*init generate",
         ("chat", "--train", "bad.jsonl"): "--train: bad.jsonl:1: not valid JSON",
         ("chat", "--model", "./none"): r"base\.model: \./none: no such folder",
         ("chat", "--validation", "none.csv"): "validation: none.csv: no such file",
