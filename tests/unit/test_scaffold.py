@@ -129,7 +129,12 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "other labels are no inputs": (
         "classify",
         [
-            {"comment": f"{i} words", "toxic": i % 2, "n": str(i), "obscene": i % 3}
+            {
+                "comment": f"This is the comment number {i}.",
+                "toxic": i % 2,
+                "n": str(i),
+                "obscene": i % 3,
+            }
             for i in range(9)
         ],
         {"input": "{comment}\nAnswer:", "target": " {obscene}", "choices": ["0", "1", "2"]},
