@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend
 from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.interface import attend, make_layout
 from trainer.packing.packed_batch import Segment
+from trainer.training.saved_tensors import SavedBytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_bf16 = pytest.mark.skipif(
@@ -27,6 +28,23 @@ def test_kernel_with_a_mask(dtype: torch.dtype, size: int) -> None:
     mask = torch.ones(3, 1, 50, 50, device="cuda", dtype=torch.bool).tril()
     chosen = torch._fused_sdp_choice(x, x, x, attn_mask=mask)
     assert chosen == SDPBackend.EFFICIENT_ATTENTION.value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_save_one_bias(dtype: torch.dtype) -> None:
+    """Its rows are not a multiple of what the kernel requires."""
+    row = Segment(0, 999)
+    layout = make_layout([row], torch.device("cuda"))
+    x = torch.randn(1, 1, row.length, 64, device="cuda", dtype=dtype, requires_grad=True)
+
+    def saved(layers: int) -> int:
+        counted = SavedBytes()
+        with counted:
+            outputs = [attend(x, x, x, layout, Scores(0.1), layer) for layer in range(layers)]
+        assert outputs[0].isfinite().all()
+        return counted.total
+
+    assert saved(3) - saved(1) < row.length**2 * dtype.itemsize
 
 
 @needs_bf16

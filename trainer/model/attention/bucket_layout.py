@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trainer.packing.length_groups import group_by_length
 from trainer.packing.packed_batch import Segment, map_tensors
+
+#: Kernels of GPUs require rows of a bias to start at multiples of this many elements.
+BIAS_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,25 @@ class Bucket:
             slopes_A = slopes_A.to(mask.device, non_blocking=True)
             gain_SAK = slopes_A[:, None] * self.key_position_SK[:, None, :]
             gain_SAK = gain_SAK.to(dtype) * scores.slope_scaling
-            return torch.where(mask, gain_SAK[:, :, None, :], -torch.inf)
+            return _aligned(torch.where(mask, gain_SAK[:, :, None, :], -torch.inf))
 
         key = (window, chunk, slopes, scores.slope_dtype, scores.slope_scaling, dtype)
         return self._cached(key, make)
 
     def bias_for(self, scores: Scores, dtype: torch.dtype) -> Tensor:
-        """``mask_for`` as a bias of type ``dtype``: 0 or minus infinity in place of a bool."""
+        """``mask_for`` as a bias of type ``dtype``: 0 or minus infinity in place of a bool.
+
+        Kernels of GPUs take no bool. torch would make the bias again in every layer, and keep each
+        of them for backward.
+        """
         mask = self.mask_for(scores, dtype)
         if mask.dtype != torch.bool:
             return mask
-        zeros = torch.zeros_like(mask, dtype=dtype)
-        return self._cached(
-            (scores.window, scores.chunk, dtype), lambda: zeros.masked_fill(~mask, -torch.inf)
-        )
+
+        def make() -> Tensor:
+            return _aligned(torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf))
+
+        return self._cached((scores.window, scores.chunk, dtype), make)
 
     def _cached(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._masks:
@@ -204,6 +213,14 @@ def prefix_indices(segment: Segment) -> Tensor:
     if not segment.prefix_length:
         return torch.tensor([segment.start])
     return torch.cat([torch.arange(p.start, p.start + p.length) for p in segment.prefixes])
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The bias, on a GPU with rows that start at multiples of ``BIAS_ALIGNMENT`` elements."""
+    missing = -bias.shape[-1] % BIAS_ALIGNMENT
+    if bias.is_cpu or not missing:
+        return bias
+    return pad(bias, (0, missing))[..., : bias.shape[-1]]
 
 
 def _segment_starts(run: Sequence[Segment]) -> Tensor:

@@ -111,7 +111,6 @@ def _gather(x_TAD: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:
 def _bucket_attention(
     query_SAQD: Tensor, key_SAKD: Tensor, value_SAKD: Tensor, bucket: Bucket, scores: Scores
 ) -> Tensor:
-    mask = bucket.mask_for(scores, query_SAQD.dtype)
     grouped = query_SAQD.shape[1] // key_SAKD.shape[1]
     if scores.softcap is None and scores.sinks_A is None:
         # GPU kernels support grouped queries or a mask, not both.
@@ -122,7 +121,7 @@ def _bucket_attention(
             query_SAQD,
             key_SAKD,
             value_SAKD,
-            attn_mask=mask,
+            attn_mask=bucket.bias_for(scores, query_SAQD.dtype),
             scale=scores.scaling,
             enable_gqa=grouped > 1,
         )
@@ -130,6 +129,7 @@ def _bucket_attention(
     score = query_SAQD @ key_SAKD.mT * scores.scaling
     if scores.softcap is not None:
         score = torch.tanh(score / scores.softcap) * scores.softcap
+    mask = bucket.mask_for(scores, query_SAQD.dtype)
     score = score.masked_fill(~mask, -torch.inf)
     if scores.sinks_A is not None:
         sinks = scores.sinks_A.to(score.dtype)[:, None, None].expand(*score.shape[:3], 1)
