@@ -20,6 +20,8 @@ MAX_ROWS = 100_000
 MAX_LABELS, _MAX_UNNAMED_LABELS = 200, 50
 #: Maximum number of words of labels with a usual name that are different in most rows.
 _LABEL_WORDS = 5
+#: Mean number of words of answers that are compared with generated ones.
+_SHORT_ANSWER = 8
 #: Usual names of columns, in order of preference.
 # fmt: off
 LABELS = (
@@ -47,6 +49,8 @@ class Column:
     Attributes:
         rows: number of rows with a value.
         blank: number of rows whose value is a blank text.
+        begins_blank, ends_blank: number of texts that begin or end with white space.
+        words: number of words of all texts.
         texts, lists, dialogues: number of rows in which the value is a text, a list, a dialogue.
         numbers: number of rows in which the value is a number, also as text.
         labels: different values as text, or those in lists; None: too many, or not labels.
@@ -56,6 +60,9 @@ class Column:
     name: str
     rows: int = 0
     blank: int = 0
+    begins_blank: int = 0
+    ends_blank: int = 0
+    words: int = 0
     texts: int = 0
     lists: int = 0
     numbers: int = 0
@@ -65,8 +72,12 @@ class Column:
 
     def add(self, value: Any) -> None:
         self.rows += 1
-        self.blank += isinstance(value, str) and not value.strip()
-        self.texts += isinstance(value, str)
+        if isinstance(value, str):
+            self.texts += 1
+            self.blank += not value.strip()
+            self.begins_blank += value[:1].isspace()
+            self.ends_blank += value[-1:].isspace()
+            self.words += len(value.split())
         self.lists += isinstance(value, list)
         self.numbers += _is_number(value)
         if isinstance(value, list) or str(value).lstrip().startswith("["):
@@ -210,6 +221,16 @@ def find_inputs(sample: Sample, target: Column | None) -> list[Column]:
         and (not _has_few_values(sample, column) or _max_words(column) > _LABEL_WORDS)
     ]
     return usual or sentences or full_texts or full
+
+
+def is_continuation(inputs: Sequence[Column], target: Column) -> bool:
+    """Whether targets follow inputs as they are: white space separates the two in most rows."""
+    return 2 * max(target.begins_blank, inputs[-1].ends_blank) > target.rows
+
+
+def is_long(target: Column) -> bool:
+    """Whether texts are so long that a generated one is hardly ever equal."""
+    return target.words > _SHORT_ANSWER * target.texts
 
 
 def num_without(sample: Sample, column: Column) -> int:

@@ -105,6 +105,7 @@ def _shipped_columns(request: Request) -> dict[str, Any]:
         "input": "{text}\nAnswer:",
         "optional": [],
         "target": f" {{{target}}}",
+        "metric": "exact_match",
         "choices": ["metabolic", "cardiac", "other"],
         "choices_note": "",
         "numeric": False,
@@ -136,7 +137,8 @@ def _text(request: Request, sample: Sample) -> dict[str, Any]:
     target = column_proposals.find_target(sample)
     if target is None:
         raise _misfit(request, sample, "no column of texts to learn", "distill")
-    return _input(request, sample, target) | {"target": f" {{{target.name}}}"}
+    metric = "loss" if column_proposals.is_long(target) else "exact_match"
+    return _input(request, sample, target) | {"metric": metric}
 
 
 def _unlabelled(request: Request, sample: Sample) -> dict[str, Any]:
@@ -154,7 +156,6 @@ def _classes(request: Request, sample: Sample) -> dict[str, Any]:
     if similar := column_proposals.similar_labels(choices):
         note += f"; {_yaml(similar)} differ only in case or white space"
     return _input(request, sample, label) | {
-        "target": f" {{{label.name}}}",
         "choices": choices,
         "choices_note": note,
         "numeric": all(choice.lstrip("-").isdigit() for choice in choices),
@@ -172,8 +173,10 @@ def _input(request: Request, sample: Sample, target: Column | None) -> dict[str,
     without = {column.name: column_proposals.num_without(sample, column) for column in inputs}
     without = {name: rows for name, rows in without.items() if rows and len(inputs) > 1}
     counts = [f"{name} in {rows:,} of {sample.rows:,} rows" for name, rows in without.items()]
+    follows = target is not None and column_proposals.is_continuation(inputs, target)
     return {
-        "input": column_proposals.template(inputs) + "\nAnswer:",
+        "input": column_proposals.template(inputs) + ("" if follows else "\nAnswer:"),
+        "target": ("" if follows else " ") + f"{{{target.name}}}" if target else "",
         "optional": list(without),
         "optional_note": ", ".join(counts),
     }

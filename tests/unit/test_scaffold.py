@@ -159,6 +159,24 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         ],
         {"input": "{instruction}\n{input}\nAnswer:", "optional": ["input"]},
     ),
+    "a prompt and its continuation": (
+        "generate",
+        [{"prompt": f"Color of {i}?\n\n###\n\n", "completion": f" blue {i}"} for i in range(3)],
+        {"input": "{prompt}", "target": "{completion}", "metric": "exact_match"},
+    ),
+    "labels that continue a prompt": (
+        "classify",
+        [{"prompt": f"{i} is", "completion": [" odd", " even"][i % 2]} for i in range(9)],
+        {"input": "{prompt}", "target": "{completion}", "choices": [" odd", " even"]},
+    ),
+    "long answers": (
+        "generate",
+        [
+            {"question": f"{i}?", "answer": f"The answer to question {i} is {i + 1}, I believe."}
+            for i in range(3)
+        ],
+        {"input": "{question}\nAnswer:", "target": " {answer}", "metric": "loss"},
+    ),
     "unknown names": (
         "generate",
         [{"uuid": f"x{i}", "english": f"one {i}", "french": f"un {i}"} for i in range(3)],
