@@ -54,6 +54,8 @@ class Column:
         texts, lists, dialogues: number of rows in which the value is a text, a list, a dialogue.
         numbers: number of rows in which the value is a number, also as text.
         labels: different values as text, or those in lists; None: too many, or not labels.
+        turns: number of rows with a list of turns, which may be part of a dialogue.
+        objects: number of rows with an object or a list of objects.
         no_dialogue: why the first list is not a dialogue; empty if it is one.
     """
 
@@ -67,6 +69,8 @@ class Column:
     lists: int = 0
     numbers: int = 0
     dialogues: int = 0
+    turns: int = 0
+    objects: int = 0
     labels: dict[str, None] | None = field(default_factory=dict)
     no_dialogue: str = ""
 
@@ -80,6 +84,10 @@ class Column:
             self.words += len(value.split())
         self.lists += isinstance(value, list)
         self.numbers += _is_number(value)
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict):
+            self.objects += 1
+            self.turns += isinstance(value, list) and bool({"role", "from"} & first.keys())
         if isinstance(value, list) or str(value).lstrip().startswith("["):
             problem = _no_dialogue(value)
             self.dialogues += not problem
@@ -208,7 +216,7 @@ def find_inputs(sample: Sample, target: Column | None) -> list[Column]:
     scalars = [
         c
         for c in sample.columns
-        if c is not target and c.rows > c.lists == 0 and not _is_identifier(c)
+        if c is not target and c.rows > 0 == c.lists + c.objects and not _is_identifier(c)
     ]
     texts = [c for c in scalars if c.texts == c.rows > c.blank]
     usual = [column for column in texts if column.name.lower() in INPUTS]
@@ -247,6 +255,19 @@ def problem_of_dialogues(sample: Sample) -> str:
     """Say why the column with a usual name has no dialogue; empty without such a column."""
     column = _preferred([c for c in sample.columns if c.no_dialogue], DIALOGUES)
     return f"{column.name}: {column.no_dialogue}" if column else ""
+
+
+def divided_dialogue(sample: Sample) -> tuple[Column, Column] | None:
+    """Return the columns of questions and answers if dialogues are divided into two columns."""
+    turns = [column for column in sample.columns if column.turns and not column.dialogues]
+    question = _preferred(turns, ("prompt",))
+    answer = _preferred(turns, ("completion", "chosen"))
+    return None if question is None or answer is None else (question, answer)
+
+
+def nested(sample: Sample) -> list[Column]:
+    """Return the columns of objects, which templates cannot read."""
+    return [c for c in sample.columns if c.objects and not c.dialogues]
 
 
 def similar_labels(labels: Collection[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,10 @@ def render(request: Request) -> tuple[str, list[str]]:
         return fill(f"{request.kind}.yaml.j2", _values(request) | _shipped_columns(request)), []
     sample = column_proposals.read_sample(request.train)
     values = _values(request) | _columns(request, sample)
-    return fill(f"{request.kind}.yaml.j2", values), [sample.note] if sample.note else []
+    notes = [sample.note] if sample.note else []
+    if "chosen" in (values.get("messages"), values.get("target", "").strip(" {}")):
+        notes.append("the answers in the column chosen are learned; those in rejected are not used")
+    return fill(f"{request.kind}.yaml.j2", values), notes
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
@@ -129,14 +133,14 @@ def _dialogue(request: Request, sample: Sample) -> dict[str, Any]:
     if column is None:
         if problem := column_proposals.problem_of_dialogues(sample):
             raise BadInput(f"--train: {sample.source}: {problem}")
-        raise _misfit(request, sample, "no column of dialogues", "generate")
+        raise _misfit(request, sample, "no column of dialogues")
     return {"messages": column.name}
 
 
 def _text(request: Request, sample: Sample) -> dict[str, Any]:
     target = column_proposals.find_target(sample)
     if target is None:
-        raise _misfit(request, sample, "no column of texts to learn", "distill")
+        raise _misfit(request, sample, "no column of texts to learn")
     metric = "loss" if column_proposals.is_long(target) else "exact_match"
     return _input(request, sample, target) | {"metric": metric}
 
@@ -149,7 +153,7 @@ def _classes(request: Request, sample: Sample) -> dict[str, Any]:
     label = column_proposals.find_label(sample)
     if label is None:
         most = column_proposals.MAX_LABELS
-        raise _misfit(request, sample, f"no column with 2 to {most} different labels", "generate")
+        raise _misfit(request, sample, f"no column with 2 to {most} different labels")
     choices = column_proposals.sorted_labels(label)
     others = [column.name for column in column_proposals.other_labels(sample, label)]
     note = "" if sample.complete else f" of the first {sample.rows:,} rows; add those of others"
@@ -182,12 +186,44 @@ def _input(request: Request, sample: Sample, target: Column | None) -> dict[str,
     }
 
 
-def _misfit(request: Request, sample: Sample, missing: str, other: str | None = None) -> BadInput:
-    remedy = f", or use `promptshard init {other}`: {KINDS[other]}" if other else ""
+def _misfit(request: Request, sample: Sample, missing: str) -> BadInput:
+    """Return an error with a remedy: how to convert the rows, or a kind that fits them."""
     problem = f"--train: {sample.source}: has {missing} (columns: {sample.names})"
-    return BadInput(
-        [f"{problem}; name other data{remedy}", *([sample.note] if sample.note else [])]
-    )
+    if pair := column_proposals.divided_dialogue(sample):
+        names = [column.name for column in pair]
+        both = " + ".join(f'row["{name}"]' for name in names)
+        remedy = f"join the turns in {' and '.join(names)} in one column: " + _conversion(
+            sample, f'.map(lambda row: {{"messages": {both}}})'
+        )
+        return BadInput(f"{problem}; {remedy}")
+    remedies = ["name other data"]
+    if nested := [column.name for column in column_proposals.nested(sample)]:
+        remedies.append(f"write the values in {', '.join(nested)} in columns of their own")
+    elif other := next((k for k in _FITS if k != request.kind and _FITS[k](sample)), ""):
+        remedies.append(f"use `promptshard init {other}`: {KINDS[other]}")
+    problem += "; " + ", or ".join(remedies)
+    return BadInput([problem, *([sample.note] if sample.note else [])])
+
+
+def _conversion(sample: Sample, change: str) -> str:
+    """Return Python code that converts a file with the library datasets."""
+    source, kind = sample.source, Path(sample.source).suffix.removeprefix(".")
+    builder = kind if kind in ("csv", "parquet", "arrow") else "json"
+    files = f'"{builder}", data_files={json.dumps(source)}'
+    if source.startswith("hf://"):
+        files = json.dumps(source.removeprefix("hf://"))
+    return f'datasets.load_dataset({files}, split="train"){change}.to_json("NEW.jsonl")'
+
+
+#: Whether rows fit a kind of run file, in order of preference.
+_FITS: dict[str, Callable[[Sample], bool]] = {
+    "chat": lambda sample: column_proposals.find_dialogue(sample) is not None,
+    "generate": lambda sample: (
+        (target := column_proposals.find_target(sample)) is not None
+        and bool(column_proposals.find_inputs(sample, target))
+    ),
+    "distill": lambda sample: bool(column_proposals.find_inputs(sample, None)),
+}
 
 
 def _escape(source: WrittenSource) -> WrittenSource:

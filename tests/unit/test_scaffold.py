@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -324,6 +325,8 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
     Path("bad.jsonl").write_text("{\n")
     turns = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path("roles.jsonl").write_text(json.dumps({"messages": turns}))
+    Path("nested.json").write_text(json.dumps({"data": [{"title": "a", "paragraphs": [{}]}]}))
+    Path("pairs.jsonl").write_text(json.dumps({"translation": {"en": "yes", "fr": "oui"}}))
     Path("folder.yaml").mkdir()
     Path("old.yaml").write_text("mine")
     for arguments, problem in {
@@ -332,7 +335,10 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
         ("chat", "folder.yaml", "--force"): "folder.yaml: is a folder",
         ("chat", "rows.csv"): "rows.csv: the name of a run file ends in .yaml",
         ("chat", "--train", "none.jsonl"): r"--train: none\.jsonl: no such file",
-        ("chat", "--train", "texts.txt"): r"no column of dialogues \(columns: text\).*generate",
+        ("chat", "--train", "texts.txt"): r"no column of dialogues \(columns: text\).*distill",
+        ("chat", "--train", "answers.csv"): "no column of dialogues .*init generate",
+        ("generate", "--train", "nested.json"): "to learn .* write the values in paragraphs in col",
+        ("distill", "--train", "pairs.jsonl"): "to read .* write the values in translation in col",
         ("chat", "--train", "roles.jsonl"): r"messages: \[0\]\.role: 'developer' is not one of",
         ("generate", "--train", "texts.txt"): "no column of texts to learn.*init distill",
         ("classify", "--train", "texts.txt"): "no column with 2 to 200 different labels",
@@ -347,6 +353,40 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
     assert Path("old.yaml").read_text() == "mine"
     call("init", "chat", "old.yaml", "--force")
     preflight.check_run("old.yaml", [])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("answer", ["completion", "chosen"])
+def test_init_says_how_to_join_divided_dialogues(answer, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}?"}],
+            answer: [{"role": "assistant", "content": "Yes."}],
+        }
+        for i in range(20)
+    ]
+    if name == "rows.parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), name)
+    else:
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadInput) as caught:
+        call("init", "chat", "--train", name)
+    message, _, code = str(caught.value).partition(" in one column: ")
+    assert message.endswith(f"; join the turns in prompt and {answer}")
+    exec(code, {"datasets": datasets})
+    call("init", "chat", "--train", "NEW.jsonl")
+    task = preflight.check_run("chat.yaml", []).tasks[0]
+    assert task.messages == "messages"
+
+
+def test_init_says_that_rejected_answers_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "No."} for i in range(3)]
+    Path("rows.json").write_text(json.dumps(rows))
+    assert "note: the answers in the column chosen are learned" in (
+        call("init", "generate", "--train", "rows.json")
+    )
 
 
 def test_init_without_a_kind_lists_them():
