@@ -115,6 +115,21 @@ def test_the_prompt_of_generation_is_that_of_training():
         encode_request(make_tokenizer("{{ raise_exception('no answers here') }}"), DIALOGUES, "hi")
 
 
+def test_calls_that_a_template_cannot_write_are_named():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "c"},
+    ]
+    encode = DialogueEncoder(make_tokenizer(PLAIN))
+    with pytest.raises(
+        ValueError, match=r"rejects this dialogue: .*; \[1\] has tool_calls without"
+    ):
+        encode(turns)
+
+
 def test_dialogues_that_are_equal_but_not_the_same_to_the_template():
     """Python's 1 equals True."""
     template = PLAIN.replace("m.content", "('a ' if m.n is sameas true else 'b ') + m.content")

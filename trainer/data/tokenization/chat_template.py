@@ -152,7 +152,7 @@ class ChatTemplate:
         if not _GENERATION.search(source := self._source(tools)):
             return False
         options = self._tokenizer.special_tokens_map | self._options(source)
-        with self._limited():
+        with self._limited(messages):
             _, (spans,) = render_jinja_template(
                 conversations=[[self._turn(turn) for turn in messages]],
                 tools=tools,
@@ -164,7 +164,7 @@ class ChatTemplate:
     def _apply(self, messages: Messages, tools: Tools, **options: Any) -> Any:
         turns = [self._turn(turn) for turn in messages]
         options |= self._options(self._source(tools))
-        with self._limited():
+        with self._limited(messages):
             return self._tokenizer.apply_chat_template(turns, tools=tools, **options)
 
     def _options(self, source: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class ChatTemplate:
         return self._variables | {"chat_template": dated}
 
     @contextmanager
-    def _limited(self) -> Iterator[None]:
+    def _limited(self, messages: Messages) -> Iterator[None]:
         """Limit the time of the template, and convert its errors."""
         try:
             with cpu_limit(CPU_SECONDS):
@@ -186,6 +186,12 @@ class ChatTemplate:
             raise TemplateLimitExceeded("takes more memory than there is") from None
         except Exception as error:  # of Jinja, or raised by the template itself
             reason = str(error).strip().split("\n")[0]
+            calls = next((i for i, turn in enumerate(messages) if "content" not in turn), None)
+            if calls is not None:
+                reason += (
+                    f"; [{calls}] has tool_calls without content, which a template without tools "
+                    "cannot write: use another base or base.chat_template"
+                )
             raise ValueError(f"the chat template rejects this dialogue: {reason}") from None
 
     def _source(self, tools: Tools) -> str:
