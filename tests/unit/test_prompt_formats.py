@@ -57,6 +57,10 @@ PLACES: dict[str, tuple[dict[str, Any], str]] = {
     "front": ({}, "front"),
     "template": ({"input": "Note: {virtual_tokens} read {text}\nAnswer:"}, "front"),
     "after the text": ({"input": "{text}\n{virtual_tokens}Answer:"}, "front"),
+    "optional": (
+        {"input": "{text}\n{more}\n{virtual_tokens}Answer:", "optional": ["more"]},
+        "front",
+    ),
     "chat, front": ({"chat": True}, "front"),
     "chat, system": ({"chat": True}, "system"),
     "chat, user": ({"chat": True}, "user"),
@@ -237,6 +241,20 @@ def test_vllm_reads_the_stream_of_the_training(
     assert "vllm serve" in card
     assert "--enable-prompt-embeds" in card
     assert ("Chat Completions API cannot be used" in card) == (place not in IN_TURNS)
+
+
+def test_optional_columns_of_a_request_may_be_missing(
+    tmp_path: Path, scripts: Callable[[Path, str], ModuleType]
+) -> None:
+    run = write_run(tmp_path / "run", "optional")
+    export(run, tmp_path / "out", "tensorrt-llm")
+    stream = scripts(tmp_path / "out", "tensorrt_llm_input").PromptStream()
+    of_text = stream.ids("A note.")
+    assert of_text == encode_request(tokenizer(), run_files.load_output(run).tasks[0], "A note.")
+    assert tokenizer().decode(of_text[0]).endswith("A note.\n\nAnswer:")
+    for row in ({}, {"more": None}, {"more": ""}):
+        assert stream.ids({"text": "A note."} | row) == of_text
+    assert stream.ids({"text": "A note.", "more": "Ask."}) != of_text
 
 
 @pytest.mark.parametrize("kind", ["llama", "prepend", "first", "gpt2", "llama3"])

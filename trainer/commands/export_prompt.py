@@ -130,6 +130,7 @@ def _request_settings(task: Task, prompt: Prompt) -> dict[str, Any]:
     """Return the settings from which ``clients/prompt_stream.py`` makes token ids."""
     return {
         "input": task.input,
+        "optional": list(task.optional),
         "chat": task.is_chat,
         "system": task.system,
         "position": prompt.position,

@@ -134,8 +134,8 @@ def encode_request(
     """Tokenize the input of a row that is in no file, up to where the base continues it.
 
     Args:
-        text: fills the input template if that has exactly one column; otherwise it is the complete
-            input or, for a dialogue, the user's turn.
+        text: fills the input template if that has exactly one column that is not optional;
+            otherwise it is the complete input or, for a dialogue, the user's turn.
         position: ``Prompt.placement``.
         date: the date that a chat template reads; None: today.
 
@@ -146,9 +146,10 @@ def encode_request(
         BadInput: the template has ``{virtual_tokens}`` and other than one column, or the chat
             template is missing or fails.
     """
-    columns, halves = template_fields(task.input), split_template(task.input)
+    columns = [name for name in template_fields(task.input) if name not in task.optional]
+    halves = split_template(task.input)
     if len(columns) == 1:
-        values = {columns[0]: text}
+        values = dict.fromkeys(task.optional, "") | {columns[0]: text}
         text = render(task.input, values, MARK)
     elif halves is not None:
         raise BadInput(

@@ -130,18 +130,19 @@ class PromptStream:
 
     def _filled(self, request: Request) -> str:
         """Fill the template of the task; the mark is in place of ``{virtual_tokens}``."""
-        template = self.settings["input"]
+        template, optional = self.settings["input"], self.settings["optional"]
         names = dict.fromkeys(name for name in FIELD.findall(template) if name)
         columns = [name for name in names if name != "virtual_tokens"]
         if isinstance(request, str):
-            if len(columns) != 1:
+            required = [name for name in columns if name not in optional]
+            if len(required) != 1:
                 if "virtual_tokens" in names:
                     raise ValueError(f"give an object with the columns {', '.join(columns)}")
                 return request
-            request = {columns[0]: request}
+            request = {required[0]: request}
         if not isinstance(request, Mapping):
             raise ValueError("this prompt reads a text, or an object with the columns of a row")
-        row = dict(request)
+        row = dict(request) | {name: "" for name in optional if request.get(name) is None}
 
         def value(match: re.Match[str]) -> str:
             if match[1] == "virtual_tokens":
