@@ -1,4 +1,4 @@
-"""Find the rows of ``promptshard init --train FOLDER``."""
+"""Find the splits of ``promptshard init --train``, of a folder or of a data set of the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.run_templates import Request
-from trainer.config import WrittenSource, resolve_path
+from trainer.config import DataSource, WrittenSource, resolve_path
 from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ _SHOWN = 20
 def with_splits(request: Request) -> tuple[Request, list[str]]:
     """Replace a folder by its rows to train on; also name rows to validate on, if it has any.
 
+    Likewise for a data set of the hub.
+
     Returns:
         The request, and notes.
 
@@ -30,8 +32,10 @@ def with_splits(request: Request) -> tuple[Request, list[str]]:
     from trainer.data.split_files import split_pairs  # loads Arrow only where rows are read
     from trainer.data.table_readers import saved_splits
 
-    if not isinstance(request.train, str) or request.train.startswith("hf://"):
+    if not isinstance(request.train, str):
         return request, []
+    if request.train.startswith("hf://"):
+        return _of_hub(request, request.train)
     folder = Path(request.train)
     if not resolve_path(request.train).is_dir() or (folder / "state.json").is_file():
         return request, []
@@ -45,13 +49,35 @@ def with_splits(request: Request) -> tuple[Request, list[str]]:
                 f"--train {shlex.quote(str(folder / names[0]))}"
             )
         return request, []
-    (pair,) = pairs
-    notes = []
-    validation = request.validation
-    if validation is None and pair.validation is not None:
-        validation = pair.validation
-        notes = [f"validation rows are those of the split {pair.validation_split} in {folder}"]
-    return replace(request, train=pair.train, validation=validation), notes
+    return _with_pair(request, pairs[0], str(folder))
+
+
+def _of_hub(request: Request, train: str) -> tuple[Request, list[str]]:
+    from trainer.data.split_files import pairs_of
+    from trainer.data.table_readers import hub_splits
+
+    source = DataSource.model_validate(train)
+    names = hub_splits(source)
+    settings = source.model_dump(include={"hub", "name"}, exclude_none=True)
+    splits: dict[str, WrittenSource] = {name: settings | {"split": name} for name in names}
+    pairs = list(pairs_of("", splits | {name: train for name in names if name == "train"}))
+    if not pairs:  # reported where the rows are read
+        return request, []
+    pair = next((pair for pair in pairs if pair.validation_split), pairs[0])
+    request, notes = _with_pair(request, pair, train)
+    if others := [other.train_split for other in pairs if other != pair]:
+        notes.append(
+            f"train rows are those of the split {pair.train_split}; others: {', '.join(others)}"
+        )
+    return request, notes
+
+
+def _with_pair(request: Request, pair: SplitPair, place: str) -> tuple[Request, list[str]]:
+    """Use the rows of a pair; an option for validation rows is kept."""
+    if request.validation is not None or pair.validation is None:
+        return replace(request, train=pair.train), []
+    note = f"validation rows are those of the split {pair.validation_split} in {place}"
+    return replace(request, train=pair.train, validation=pair.validation), [note]
 
 
 def _choice(request: Request, folder: Path, pairs: list[SplitPair]) -> str:

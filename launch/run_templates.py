@@ -229,7 +229,7 @@ _FITS: dict[str, Callable[[Sample], bool]] = {
 def _escape(source: WrittenSource) -> WrittenSource:
     """Escape ``$``, which begins a variable in paths of the run file."""
     if isinstance(source, dict):
-        return source | {"path": source["path"].replace("$", "$$")}
+        return {k: v.replace("$", "$$") if k == "path" else v for k, v in source.items()}
     if isinstance(source, list):
         return [path.replace("$", "$$") for path in source]
     return source.replace("$", "$$")

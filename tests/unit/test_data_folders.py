@@ -200,6 +200,48 @@ def test_a_folder_without_splits_is_refused(tmp_path, monkeypatch):
         preflight.check_run("classify.yaml", ["tasks[0].train=deep"])
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Data sets of a folder stand for those of the hub, which is not asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else: many tries
+
+
+def hub_sources() -> list[dict[str, str]]:
+    (task,) = preflight.check_run("classify.yaml", []).tasks
+    sources = [*task.train, *(task.validation or [])]
+    return [source.model_dump(exclude_none=True) for source in sources]
+
+
+def test_splits_of_the_hub_are_validation_rows(hub):
+    write("org/good/train.jsonl", "org/good/validation.jsonl", "org/good/test.jsonl")
+    assert "split validation in hf://org/good" in init("--train", "hf://org/good")
+    assert hub_sources() == [{"hub": "org/good"}, {"hub": "org/good", "split": "validation"}]
+    write(*(f"org/sft/data/{name}-00000-of-00001.parquet" for name in ("train_sft", "test_sft")))
+    write("org/sft/data/train_gen-00000-of-00001.parquet")
+    shown = init("--train", "hf://org/sft", "--force")
+    assert "note: train rows are those of the split train_sft; others: train_gen" in shown
+    assert hub_sources() == [
+        {"hub": "org/sft", "split": "train_sft"},
+        {"hub": "org/sft", "split": "test_sft"},
+    ]
+
+
+def test_a_configuration_of_the_hub_is_named(hub):
+    write("org/two/a/train.jsonl", "org/two/b/train.jsonl")
+    configs = [{"config_name": name, "data_files": f"{name}/*.jsonl"} for name in "ab"]
+    Path("org/two/README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    with pytest.raises(BadInput) as caught:
+        init("--train", "hf://org/two")
+    assert str(caught.value) == (
+        "--train: hf://org/two: has several configurations: ['a', 'b']; name one as "
+        "hf://org/two/NAME"
+    )
+    init("--train", "hf://org/two/b")
+    assert hub_sources() == [{"hub": "org/two", "name": "b"}]
+
+
 def test_a_pointer_of_git_lfs_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("clone").mkdir()

@@ -28,6 +28,7 @@ class DataSource(Section):
     name: str | None = Field(
         None,
         description="configuration of a hub dataset, such as sst2 of nyu-mll/glue\n"
+        "hf://nyu-mll/glue/sst2 is a short form.\n"
         "null: its only or default one",
     )
     split: str | None = Field(
@@ -55,10 +56,14 @@ class DataSource(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        """Read ``hf://NAME`` as ``{hub: NAME}`` and any other string as ``{path: STRING}``."""
+        """Read ``hf://ORG/NAME[/CONFIG]`` as ``{hub: ORG/NAME, name: CONFIG}``, others as paths."""
         if not isinstance(value, str):
             return value
-        return {"hub": value[5:]} if value.startswith("hf://") else {"path": value}
+        if not value.startswith("hf://"):
+            return {"path": value}
+        org, *names = value[5:].split("/", 2)
+        hub = {"hub": "/".join([org, *names[:1]])}
+        return hub | {"name": names[1]} if names[1:] else hub
 
     @model_validator(mode="after")
     def _check(self) -> DataSource:

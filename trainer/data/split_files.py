@@ -61,7 +61,7 @@ def split_pairs(folder: Path) -> list[SplitPair]:
             name: {"path": str(folder), "split": name} if name != "train" else str(folder)
             for name in names
         }
-        return list(_pairs("", sources))
+        return list(pairs_of("", sources))
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -76,11 +76,12 @@ def split_pairs(folder: Path) -> list[SplitPair]:
     return [
         pair
         for config, splits in configs.items()
-        for pair in _pairs(config, {name: _source(of) for name, of in splits.items()})
+        for pair in pairs_of(config, {name: _source(of) for name, of in splits.items()})
     ]
 
 
-def _pairs(config: str, splits: Mapping[str, WrittenSource]) -> Iterator[SplitPair]:
+def pairs_of(config: str, splits: Mapping[str, WrittenSource]) -> Iterator[SplitPair]:
+    """Yield every split to train on, with one to validate on, of named splits."""
     trains = [name for name in splits if name in TRAIN] or [
         name for name in splits if re.match("train(?![a-z])", name)
     ]
@@ -93,7 +94,12 @@ def _validation_of(train: str, splits: Collection[str]) -> str:
     """Return the split to validate on: ``test_sft`` for ``train_sft``; empty if there is none."""
     suffix = re.sub("^train(ing)?", "", train)
     exact = [word + suffix for word in VALIDATION if word + suffix in splits]
-    similar = [name for word in VALIDATION for name in splits if re.match(f"{word}(?![a-z])", name)]
+    similar = [
+        name
+        for word in VALIDATION
+        for name in splits
+        if not suffix and re.match(f"{word}(?![a-z])", name)
+    ]
     return next(iter([*exact, *similar]), "")
 
 

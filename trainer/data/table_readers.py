@@ -215,6 +215,19 @@ def _is_name(name: Any) -> bool:
     return plain and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
+def hub_splits(source: DataSource) -> list[str]:
+    """List the splits of a data set of the hub; empty if they are not known."""
+    try:
+        import datasets
+
+        names: list[str] = datasets.get_dataset_split_names(
+            source.hub, source.name, revision=source.revision
+        )
+    except Exception:  # ``open_hub`` reports it
+        return []
+    return names
+
+
 def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
     """Load a data set from the hub, or from its cache if HF_HUB_OFFLINE is set: (table, its files).
 
@@ -247,7 +260,12 @@ def open_hub(source: DataSource, split: str) -> tuple[Table, list[Path]]:
     except BadInput:
         raise
     except Exception as error:  # network errors have no common class
-        reason = str(error).strip().split("\n")[0]
+        reason, *more = str(error).strip().split("\n")
+        if "Config name is missing" in reason and more:
+            configs = more[0].partition(": ")[2]
+            raise BadInput(
+                f"{label}: has several configurations: {configs}; name one as {label}/NAME"
+            ) from None
         raise BadInput(f"{label}: cannot be loaded: {type(error).__name__}: {reason}") from None
     name = f"{label}[{split}]"
     files = [Path(item["filename"]) for item in dataset.cache_files]
