@@ -128,9 +128,10 @@ def read_sample(train: WrittenSource) -> Sample:
     """Read the first rows of ``train``; raises ``BadInput`` if they cannot be read."""
     from trainer.data.data_files import find_files  # loads Arrow only where rows are read
 
+    written = escape(train)
     sources = [
         DataSource.model_validate(source)
-        for source in (train if isinstance(train, list) else [train])
+        for source in (written if isinstance(written, list) else [written])
     ]
 
     label = ", ".join(source.label for source in sources)
@@ -175,6 +176,15 @@ def _note_on_header(file: DataFile) -> str:
         f"{file.name}:1: the first line is read as column names, but {reason}; if it is a row, add "
         "a line with column names before it, and write the run file again"
     )
+
+
+def escape(source: WrittenSource) -> WrittenSource:
+    """Escape ``$``, which begins a variable in paths of the run file."""
+    if isinstance(source, dict):
+        return {k: v.replace("$", "$$") if k == "path" else v for k, v in source.items()}
+    if isinstance(source, list):
+        return [path.replace("$", "$$") for path in source]
+    return source.replace("$", "$$")
 
 
 def find_label(sample: Sample) -> Column | None:

@@ -88,10 +88,10 @@ def _values(request: Request) -> dict[str, Any]:
         "kind": request.kind,
         "tiny": tiny,
         "shipped": shipped,
-        "output_dir": _escape(request.output_dir),
-        "model": _escape(request.model or TINY_BASE),
-        "train": _escape(request.train or f"{rows}.train.jsonl"),
-        "validation": _escape(request.validation or validation or ""),
+        "output_dir": column_proposals.escape(request.output_dir),
+        "model": column_proposals.escape(request.model or TINY_BASE),
+        "train": column_proposals.escape(request.train or f"{rows}.train.jsonl"),
+        "validation": column_proposals.escape(request.validation or validation or ""),
         "teacher": _TEACHERS[0 if shipped else 1],
         "tokens": 10 if tiny else 20,
         "steps": 60 if small else 300,
@@ -226,17 +226,8 @@ _FITS: dict[str, Callable[[Sample], bool]] = {
 }
 
 
-def _escape(source: WrittenSource) -> WrittenSource:
-    """Escape ``$``, which begins a variable in paths of the run file."""
-    if isinstance(source, dict):
-        return {k: v.replace("$", "$$") if k == "path" else v for k, v in source.items()}
-    if isinstance(source, list):
-        return [path.replace("$", "$$") for path in source]
-    return source.replace("$", "$$")
-
-
 def _path(path: str) -> str:
-    return _yaml(_escape(path))
+    return _yaml(column_proposals.escape(path))
 
 
 def _yaml(value: Any) -> str:

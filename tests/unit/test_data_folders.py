@@ -238,7 +238,8 @@ def test_a_configuration_of_the_hub_is_named(hub):
         "--train: hf://org/two: has several configurations: ['a', 'b']; name one as "
         "hf://org/two/NAME"
     )
-    init("--train", "hf://org/two/b")
+    for address in ("hf://org/two/b", "hf://datasets/org/two/b/"):
+        init("--train", address, "--force")
     assert hub_sources() == [{"hub": "org/two", "name": "b"}]
 
 

@@ -61,7 +61,7 @@ class DataSource(Section):
             return value
         if not value.startswith("hf://"):
             return {"path": value}
-        org, *names = value[5:].split("/", 2)
+        org, *names = value[5:].removeprefix("datasets/").rstrip("/").split("/", 2)
         hub = {"hub": "/".join([org, *names[:1]])}
         return hub | {"name": names[1]} if names[1:] else hub
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,6 +132,8 @@ def find_files(source: DataSource, setting: str, split: str) -> list[DataFile]:
         if source.path is None:
             table, files = open_hub(source, split)
             return [DataFile(table.name, tuple(files), table)]
+        if source.path.startswith(("https://", "http://")):
+            raise BadInput(f"{source.path}: is a URL; {_remedy_of_url(source.path)}")
         path = resolve_path(source.path)
         if any(mark in source.path for mark in _GLOB) and not path.exists():
             return [_data_file(file) for file in _matches(source.path)]
@@ -142,6 +145,11 @@ def find_files(source: DataSource, setting: str, split: str) -> list[DataFile]:
         return [_data_file(path, source.path)]
     except BadInput as error:
         raise BadInput([f"{setting}: {problem}" for problem in error.problems]) from None
+
+
+def _remedy_of_url(url: str) -> str:
+    page = re.match(r"https://huggingface\.co/datasets/([\w.-]+(?:/[\w.-]+)?)/?$", url)
+    return f"write hf://{page[1]}" if page else "download the file, and name it"
 
 
 def _matches(pattern: str) -> list[Path]:
