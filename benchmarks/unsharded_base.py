@@ -17,6 +17,8 @@ from trainer.model.prompted_model import PromptedBase
 from trainer.model.shard_loading import LoadStats, load_shards
 from trainer.runtime.errors import BadInput
 
+CPU = torch.device("cpu")
+
 
 @dataclass
 class LocalSharder:
@@ -24,6 +26,7 @@ class LocalSharder:
 
     rank: int = 0
     ranks: int = 1
+    device: torch.device = CPU
     shards: list[Tensor] = field(default_factory=list)
     scales: list[Tensor] = field(default_factory=list)
     exchange: RowExchange | None = None
@@ -34,7 +37,7 @@ class LocalSharder:
         return start, min(start + size, num_elements)
 
     def allocate(self, num_elements: int, dtype: torch.dtype, unit: int = 1) -> Tensor:
-        return torch.zeros(self._size(num_elements, unit), dtype=dtype)
+        return torch.zeros(self._size(num_elements, unit), dtype=dtype, device=self.device)
 
     def _size(self, num_elements: int, unit: int) -> int:
         return -(-num_elements // (self.ranks * unit)) * unit
@@ -56,18 +59,18 @@ def load_unsharded(
     quantization: str,
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> PromptedBase:
-    """Load a complete base model on the CPU."""
+    """Load a complete base model."""
     settings = Base.model_validate({"model": str(folder), "quantization": quantization})
     files = open_base(settings)
-    cpu = torch.device("cpu")
-    skeleton = build_meta_model(files, settings, dtype, cpu)
+    skeleton = build_meta_model(files, settings, dtype, device)
     base, _ = load_shards(
         skeleton,
         files,
         dtype=dtype,
-        device=cpu,
-        sharder=LocalSharder(),
+        device=device,
+        sharder=LocalSharder(device=device),
         checkpointing=checkpointing,
     )
     return base
@@ -78,12 +81,11 @@ def load_shard(
 ) -> tuple[PromptedBase, LocalSharder, LoadStats]:
     """Load the shard that rank ``rank`` of ``ranks`` holds of a base model."""
     files = open_base(Base.model_validate({"model": str(folder), **settings}))
-    cpu = torch.device("cpu")
     skeleton = build_meta_model(
-        files, Base.model_validate({"model": str(folder), **settings}), torch.float32, cpu
+        files, Base.model_validate({"model": str(folder), **settings}), torch.float32, CPU
     )
     one = LocalSharder(rank, ranks)
     base, stats = load_shards(
-        skeleton, files, dtype=torch.float32, device=cpu, sharder=one, checkpointing=False
+        skeleton, files, dtype=torch.float32, device=CPU, sharder=one, checkpointing=False
     )
     return base, one, stats

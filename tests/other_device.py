@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -73,6 +73,17 @@ class OnDevice(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnDevice({self.raw!r})"
+
+    # Values are read here, as torch's own functions abort the threads that run backward.
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def item(self) -> Any:
+        return self.cpu().item()
+
+    def __bool__(self) -> bool:
+        return bool(self.cpu())
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +171,7 @@ class _Factories(TorchDispatchMode):
 
 
 class _Literals(TorchFunctionMode):
-    """``torch.tensor`` with the device, lists as places, ``tolist``: what no dispatch sees."""
+    """``torch.tensor`` with the device, lists as places: what no dispatch sees."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -172,8 +183,6 @@ class _Literals(TorchFunctionMode):
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
             sent = (torch.tensor(p).to(DEVICE) if isinstance(p, list) else p for p in places)
             return func(args[0], tuple(sent))
-        if func is Tensor.tolist and isinstance(args[0], OnDevice):
-            return args[0].cpu().tolist()
         return func(*args, **kwargs)
 
 
@@ -185,13 +194,3 @@ def other_device() -> Iterator[torch.device]:
         stack.enter_context(_Literals())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield DEVICE
-
-
-def moved(module: nn.Module) -> nn.Module:
-    """Move a module with its parameters and buffers to the device."""
-    for part in module.modules():
-        for values in (part._parameters, part._buffers):
-            for name, value in values.items():
-                if value is not None and not isinstance(value, OnDevice):
-                    values[name] = OnDevice(value.detach())  # type: ignore[assignment]
-    return module

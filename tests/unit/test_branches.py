@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES, VOCAB_SIZE, errors
+from tests.packed_step import pasts
 from tests.soft_prompts import soft_prompts
 from tests.unit.test_prefix_tuning import packed as packed_prefixes
-from tests.unit.test_prefix_tuning import pasts
 from trainer.data.token_table import Example
 from trainer.model.families import FAMILIES
 from trainer.packing.packed_batch import Segment, build_packed_batch

@@ -15,7 +15,8 @@ from torch.nn.attention import flex_attention
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import errors, problem, save_family
 from tests.packed_attention import HEADS, SCORES, SEGMENTS, TOKENS, attended, tensors
-from tests.unit.test_prefix_tuning import WITHOUT, packed, pasts
+from tests.packed_step import WITHOUT, pasts
+from tests.unit.test_prefix_tuning import packed
 from trainer.model.attention import flex
 from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.interface import resolve_attention

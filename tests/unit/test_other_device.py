@@ -15,11 +15,9 @@ from typing import Any
 import pytest
 
 from tests.family_bases import CASES
+from tests.packed_step import IN_BF16, PRODUCTS
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Whose products are not those of ``dequantize``; layers are then recomputed in backward, too.
-PRODUCTS = [("llama", "int8"), ("olmo", "int8"), ("bloom", "int8"), ("llama", "int8_outliers")]
-
 #: Waits in transformers' own code: Falcon takes keys and values by lists of places, Gemma 3n checks
 #: the argument of a quantile, and Phi-3 reads the last position.
 TRANSFORMERS_WAITS = {"falcon": 4, "falcon-grouped": 4, "gemma3n": 2, "phi3-longrope": 1}
@@ -61,6 +59,13 @@ def test_int8_matmuls_take_a_step_without_device_waits(results: Any, case: str, 
     assert (step["waits"] > 0) == (kind == "int8_outliers")
 
 
+@pytest.mark.parametrize("case", IN_BF16)
+def test_bfloat16_is_close_to_float32(results: Any, case: str) -> None:
+    step = results["families"][f"{case}-bf16"]
+    assert step["loss"] < 1e-2
+    assert step["gradient"] < 0.1
+
+
 def test_a_run_ends_as_on_the_cpu(results: Any) -> None:
     """Starts are searched for, prompts trained, one from a teacher, scored and written with."""
     run = results["run"]
@@ -68,6 +73,10 @@ def test_a_run_ends_as_on_the_cpu(results: Any) -> None:
     (expected,), (score,) = run["scores"]
     assert score == pytest.approx(expected, rel=1e-4)
     assert run["texts"][0] == run["texts"][1]
+    (wanted, *other_wanted), (found, *others) = run["inspected"]
+    assert others == other_wanted, "nearest tokens and descriptions"
+    for values, expected_values in zip(found, wanted, strict=True):
+        assert values == pytest.approx(expected_values, rel=1e-3, abs=1e-5)
 
 
 def test_requests_are_answered_and_texts_compared_as_on_the_cpu(results: Any) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import (
     CASES,
-    PROMPT_LENGTHS,
     errors,
     family_config,
     padded_loss,
     plain_model,
     problem,
 )
+from tests.packed_step import WITHOUT, pasts, text_past
 from tests.soft_prompts import soft_prompts
 from trainer.inference.trained_prompts import load_prompts
 from trainer.model.attention.prefix_cache import PastCache
@@ -36,22 +36,6 @@ from trainer.prompts.soft_prompt import PrefixKeyValues, prompt_lengths
 from trainer.runtime.errors import BadInput
 
 SOME = ["llama", "gpt2", "mistral", "gemma2", "gemma3", "bloom", "gpt_oss"]
-
-
-def text_past(base: PromptedBase, token_ids: Sequence[int]) -> Tensor:
-    """Keys and values that the base makes of a text, [n, L, 2, A, D]."""
-    ids = torch.tensor([list(token_ids)])
-    cache = PastCache()
-    with torch.no_grad(), base.unpacked():
-        base(DecodeStep(ids, torch.ones_like(ids), cache), [])
-    return cache.read()
-
-
-def pasts(base: PromptedBase) -> list[Tensor]:
-    """Two prefixes that are not what any text would give."""
-    generator = torch.Generator().manual_seed(3)
-    shape = text_past(base, [5]).shape[1:]
-    return [torch.randn(n, *shape, generator=generator) * 0.5 for n in PROMPT_LENGTHS]
 
 
 def packed(
@@ -82,9 +66,6 @@ def padded_peft(
     loss.backward()
     assert weight.grad is not None
     return loss.item(), weight.grad.view(past.shape)
-
-
-WITHOUT = [case for case, (family, _) in CASES.items() if FAMILIES[family].no_prefix_tuning]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITHOUT])

@@ -16,9 +16,9 @@ from benchmarks.random_base import make_tokenizer, save_random
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES, VOCAB_SIZE, WINDOW
 from tests.one_rank import OneRank
+from tests.packed_step import WITHOUT, pasts
 from tests.soft_prompts import soft_prompts
 from tests.unit.test_evaluation import load
-from tests.unit.test_prefix_tuning import WITHOUT, pasts
 from trainer.data.token_table import Example
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
