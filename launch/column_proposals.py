@@ -275,6 +275,20 @@ def divided_dialogue(sample: Sample) -> tuple[Column, Column] | None:
     return None if question is None or answer is None else (question, answer)
 
 
+def unread(sample: Sample, used: Collection[str]) -> list[str]:
+    """Return the columns of texts or lists that a run file does not use, but may need."""
+    return [
+        column.name
+        for column in sample.columns
+        if column.name not in used
+        and not _is_identifier(column)
+        and column.name.lower() != "rejected"
+        and column.words + column.lists > column.blank
+        and column.numbers < column.rows
+        and (column.name.lower() == "system" or not _has_few_values(sample, column))
+    ]
+
+
 def nested(sample: Sample) -> list[Column]:
     """Return the columns of objects, which templates cannot read."""
     return [c for c in sample.columns if c.objects and not c.dialogues]

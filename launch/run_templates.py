@@ -11,7 +11,7 @@ from typing import Any
 
 from launch import column_proposals
 from launch.column_proposals import Column, Sample
-from trainer.config import WrittenSource, yaml_parser
+from trainer.config import DEFAULT_TOOLS, WrittenSource, template_fields, yaml_parser
 from trainer.config.schema import EDITOR_LINE
 from trainer.runtime.errors import BadInput
 
@@ -57,8 +57,12 @@ def render(request: Request) -> tuple[str, list[str]]:
     sample = column_proposals.read_sample(request.train)
     values = _values(request) | _columns(request, sample)
     notes = [sample.note] if sample.note else []
-    if "chosen" in (values.get("messages"), values.get("target", "").strip(" {}")):
+    used = [name for key in ("input", "target") for name in template_fields(values.get(key, ""))]
+    used += [values.get("messages", ""), DEFAULT_TOOLS]
+    if "chosen" in used:
         notes.append("the answers in the column chosen are learned; those in rejected are not used")
+    if unread := column_proposals.unread(sample, used):
+        notes.append(f"columns that the run file does not use: {', '.join(unread)}")
     return fill(f"{request.kind}.yaml.j2", values), notes
 
 

@@ -392,6 +392,29 @@ def test_init_says_that_rejected_answers_are_not_used(tmp_path, monkeypatch):
     )
 
 
+def test_init_names_columns_that_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "text": f"t {i}",
+            "context_text": f"u {i}",
+            "system": "Be brief.",
+            "options": ["x", str(i)],
+            "url": "x",
+            "n": i,
+            "few": "ab"[i % 2],
+            "empty": "",
+            "answer": f"a {i}",
+        }
+        for i in range(20)
+    ]
+    Path("rows.json").write_text(json.dumps(rows))
+    shown = call("init", "generate", "--train", "rows.json")
+    assert "note: columns that the run file does not use: context_text, system, options\n" in shown
+    Path("rows.csv").write_text("text,label\na,x\nb,y\n")
+    assert "note" not in call("init", "classify", "--train", "rows.csv")
+
+
 def test_init_without_a_kind_lists_them():
     result = CliRunner().invoke(app, ["init"])
     assert result.exit_code == 2
