@@ -238,6 +238,21 @@ def test_an_object_that_holds_the_rows(tmp_path, indent):
     assert "did you mean 'lable'" in problem(misspelled)
 
 
+def test_an_object_of_rows_by_key(tmp_path):
+    path = write(tmp_path, "d.json", json.dumps({"a": GOOD[0], "b": GOOD[1]}))
+    assert problem(path) == (
+        "d.json: holds rows by their key (a, b, ...); write a list of objects: list(rows.values())"
+    )
+
+
+def test_python_text_of_a_list_is_named(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(tmp_path, "d.jsonl", [{"talk": str(turns)}])
+    message = problem(path, messages="talk", input="", target="")
+    assert message.startswith("d.jsonl:1: talk: is Python's text of a list, not JSON: ")
+    assert message.endswith("; write it with json.dumps")
+
+
 def test_duplicate_keys(tmp_path):
     """Of two values for one key JSON readers keep one, at any depth."""
     call = '{"args": [{"a": 1, "a": 2}], "result": 1}'

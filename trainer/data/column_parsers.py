@@ -75,6 +75,10 @@ def _from_text(value: Any, example: str) -> Any:
     try:
         return parse_json(value)
     except ValueError as error:
+        if value.lstrip().startswith(("[{'", "['", "{'")):
+            raise ValueError(
+                f"is Python's text of a list, not JSON: {shorten(value)}; write it with json.dumps"
+            ) from None
         raise ValueError(f"is not JSON ({error}): {shorten(value)}; write {example}") from None
 
 

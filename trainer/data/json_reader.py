@@ -176,6 +176,12 @@ def _rows_of(file: Path, value: Any, columns: Collection[str]) -> Sequence[Any]:
         )
     if not value.keys().isdisjoint(columns):
         return [value]
+    keys = [item.keys() for item in value.values() if isinstance(item, dict)]
+    if 1 < len(value) == len(keys) and keys[0] and all(item == keys[0] for item in keys):
+        raise BadInput(
+            f"{file}: holds rows by their key ({', '.join(list(value)[:3])}, ...); write a list of "
+            "objects: list(rows.values())"
+        )
     lists = [key for key, item in value.items() if _is_list_of_rows(item)]
     if len(lists) > 1:
         raise BadInput(
