@@ -110,7 +110,7 @@ class Sample:
         source: name of the file in messages.
         rows: number of rows read.
         complete: whether these are all rows.
-        note: about the header of the file; empty if it needs none.
+        note: about how a file is read; empty if it needs none.
     """
 
     source: str
@@ -153,7 +153,7 @@ def read_sample(train: WrittenSource) -> Sample:
             for name, value in record.values.items():
                 if value is not None:
                     columns.setdefault(name, Column(name)).add(value)
-        note = note or _note_on_header(file)
+        note = note or _note(file)
     if not rows:
         raise BadInput(f"--train: {label}: has no rows")
     for name, labels in classes.items():
@@ -162,8 +162,12 @@ def read_sample(train: WrittenSource) -> Sample:
     return Sample(label, list(columns.values()), rows, complete, note)
 
 
-def _note_on_header(file: DataFile) -> str:
-    """Return a note if the header may be a row; raises ``BadInput`` if that is likely."""
+def _note(file: DataFile) -> str:
+    """Return a note about how a file is read; raises ``BadInput`` if its header is likely a row."""
+    from trainer.data.text_readers import format_of
+
+    if file.table is None and format_of(file.files[0]) == ".txt":
+        return f"{file.name}: each line is a row"
     reason, is_likely = file.missing_header()
     if not reason:
         return ""

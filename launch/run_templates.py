@@ -57,6 +57,8 @@ def render(request: Request) -> tuple[str, list[str]]:
     sample = column_proposals.read_sample(request.train)
     values = _values(request) | _columns(request, sample)
     notes = [sample.note] if sample.note else []
+    if request.kind == "distill":
+        notes.append("write the prompt to compress in prompts[0].teacher of the file")
     used = [name for key in ("input", "target") for name in template_fields(values.get(key, ""))]
     used += [values.get("messages", ""), DEFAULT_TOOLS]
     if "chosen" in used:
@@ -206,7 +208,7 @@ def _misfit(request: Request, sample: Sample, missing: str) -> BadInput:
     elif other := next((k for k in _FITS if k != request.kind and _FITS[k](sample)), ""):
         remedies.append(f"use `promptshard init {other}`: {KINDS[other]}")
     problem += "; " + ", or ".join(remedies)
-    return BadInput([problem, *([sample.note] if sample.note else [])])
+    return BadInput(f"{problem} ({sample.note})" if sample.note else problem)
 
 
 def _conversion(sample: Sample, change: str) -> str:

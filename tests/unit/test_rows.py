@@ -361,9 +361,9 @@ def test_bad_json_list_names_line(tmp_path):
 def test_bad_utf8_names_line_and_column(tmp_path):
     bad = b'{"text": "caf\xe9", "label": "x"}\n'
     messages = problem(write(tmp_path, "d.jsonl", json.dumps(GOOD[0]).encode() + b"\n" + bad))
-    assert (
-        messages
-        == 'd.jsonl:2: not UTF-8 at column 14: byte 0xe9 after \'{"text": "caf\'; save it as UTF-8'
+    assert messages == (
+        'd.jsonl:2: not UTF-8 at column 14: byte 0xe9 after \'{"text": "caf\'; save it as UTF-8, '
+        "for example by iconv -f windows-1252 -t utf-8 FILE > NEW_FILE"
     )
     assert problem(write(tmp_path, "d.csv", b"text,label\ncaf\xe9,x\n")).startswith(
         "d.csv:2: not UTF-8"

@@ -415,6 +415,15 @@ def test_init_names_columns_that_are_not_used(tmp_path, monkeypatch):
     assert "note" not in call("init", "classify", "--train", "rows.csv")
 
 
+def test_init_says_what_is_read_of_a_text_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("code.txt").write_text("def f(x):\n    return x\n")
+    shown = call("init", "distill", "--train", "code.txt")
+    assert "note: code.txt: each line is a row\n" in shown
+    assert "note: write the prompt to compress in prompts[0].teacher of the file\n" in shown
+    assert "note" not in call("init", "distill", "--force")
+
+
 def test_init_without_a_kind_lists_them():
     result = CliRunner().invoke(app, ["init"])
     assert result.exit_code == 2

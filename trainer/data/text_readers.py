@@ -102,7 +102,8 @@ def read_txt(file: Path) -> Iterator[FileRecord]:
 def bad_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
     column = len(raw[: error.start].decode("utf-8", "replace")) + 1
     remedies = (text for start, text in _SIGNATURES.items() if raw.startswith(start))
-    remedy = next(remedies, "save it as UTF-8")
+    convert = "save it as UTF-8, for example by iconv -f windows-1252 -t utf-8 FILE > NEW_FILE"
+    remedy = next(remedies, convert)
     before = raw[max(0, error.start - 15) : error.start].decode("utf-8", "ignore")
     spot = f" after {before!r}" if before else ""
     return f"not UTF-8 at column {column}: byte 0x{raw[error.start]:02x}{spot}; {remedy}"
