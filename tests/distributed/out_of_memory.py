@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero import partition_parameters
 
 from tests.base_digest import base_digest
 from tests.distributed.equivalence import problem
@@ -51,11 +54,11 @@ def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
         expected = step_gradients(engine, module, rows, prompts, TOKENS)
     mine = sum(len(row.example.input_ids) for row in rows) // engine.world_size
     ways: dict[str, Any] = {}
-    for way, backward in (("forward", False), ("backward", True)):
-        # Half of this rank's tokens fit; on other ranks than the first, everything does.
-        limit = int(0.8 * mine) if engine.rank == 0 or shard_group > 1 else TOKENS
+    # Half of this rank's tokens fit; on other ranks than the first, everything does.
+    limit = int(0.8 * mine) if engine.rank == 0 or shard_group > 1 else TOKENS
+    for way in ("forward", "backward", "gather")[: 2 if shard_group > 1 else 3]:
         try:
-            with scarce(base, limit, backward):
+            with failing_copy() if way == "gather" else scarce(base, limit, way == "backward"):
                 gradients = step_gradients(engine, module, rows, prompts, TOKENS)
             after = step_gradients(engine, module, rows, prompts, TOKENS)
             ways[way] = {
@@ -74,6 +77,24 @@ def run_short(engine: Engine, folder: str, shard_group: int) -> dict[str, Any]:
         "retries_retraced": retries_retraced,
         "digest_kept": base_digest(base) == digest,
     }
+
+
+@contextmanager
+def failing_copy() -> Iterator[None]:
+    """Let the copy of a layer to the device fail once, after its first parameter."""
+    handle: Any = partition_parameters.NoGatherCoalescedHandle
+
+    def fail(self: Any, parameters: Sequence[Any]) -> None:
+        first = parameters[0]
+        first.data = first.ds_tensor.view(first.ds_shape).clone()
+        handle.__init__ = original
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    original, handle.__init__ = handle.__init__, fail
+    try:
+        yield
+    finally:
+        handle.__init__ = original
 
 
 @torch.no_grad()

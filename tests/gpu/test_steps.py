@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from trainer.model.layers.matmul_selection import unsupported_device, use_matmul
 
 TINY = PROJECT_ROOT / "examples" / "tiny_base"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def float32() -> Iterator[None]:
+    """cuDNN would round the inputs of convolutions to TF32."""
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def differences(

@@ -316,6 +316,13 @@ class Engine(Ranks):
         if self._group_size > 1 or not traced:
             return False
         del parameter_offload.FWD_MODULE_STACK[1:]  # the root module stays on the stack
+        for parameter in self._zero.module.parameters():
+            zero: Any = parameter
+            # Memory ran out while offloaded shards were copied to the device.
+            began = zero.ds_status == partition_parameters.ZeroParamStatus.INFLIGHT
+            if began and zero not in self._zero.module.ds_inflight_param_registry:
+                zero.ds_active_sub_modules.clear()
+                partition_parameters.free_param(zero)
         coordinator.reset_step()
         coordinator.release_backward_leftovers()
         coordinator.release_and_reset_all(self._zero.module)
