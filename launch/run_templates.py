@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import column_proposals
-from launch.column_proposals import Column, Sample
+from launch import column_proposals, column_sample
+from launch.column_sample import Column, Sample
 from trainer.config import DEFAULT_TOOLS, WrittenSource, template_fields, yaml_parser
 from trainer.config.schema import EDITOR_LINE
 from trainer.runtime.errors import BadInput
@@ -54,7 +54,7 @@ def render(request: Request) -> tuple[str, list[str]]:
     """
     if request.train is None:
         return fill(f"{request.kind}.yaml.j2", _values(request) | _shipped_columns(request)), []
-    sample = column_proposals.read_sample(request.train)
+    sample = column_sample.read_sample(request.train)
     values = _values(request) | _columns(request, sample)
     notes = [sample.note] if sample.note else []
     if request.kind == "distill":
@@ -94,10 +94,10 @@ def _values(request: Request) -> dict[str, Any]:
         "kind": request.kind,
         "tiny": tiny,
         "shipped": shipped,
-        "output_dir": column_proposals.escape(request.output_dir),
-        "model": column_proposals.escape(request.model or TINY_BASE),
-        "train": column_proposals.escape(request.train or f"{rows}.train.jsonl"),
-        "validation": column_proposals.escape(request.validation or validation or ""),
+        "output_dir": column_sample.escape(request.output_dir),
+        "model": column_sample.escape(request.model or TINY_BASE),
+        "train": column_sample.escape(request.train or f"{rows}.train.jsonl"),
+        "validation": column_sample.escape(request.validation or validation or ""),
         "teacher": _TEACHERS[0 if shipped else 1],
         "tokens": 10 if tiny else 20,
         "steps": 60 if small else 300,
@@ -158,7 +158,7 @@ def _unlabelled(request: Request, sample: Sample) -> dict[str, Any]:
 def _classes(request: Request, sample: Sample) -> dict[str, Any]:
     label = column_proposals.find_label(sample)
     if label is None:
-        most = column_proposals.MAX_LABELS
+        most = column_sample.MAX_LABELS
         raise _misfit(request, sample, f"no column with 2 to {most} different labels")
     choices = column_proposals.sorted_labels(label)
     others = [column.name for column in column_proposals.other_labels(sample, label)]
@@ -233,7 +233,7 @@ _FITS: dict[str, Callable[[Sample], bool]] = {
 
 
 def _path(path: str) -> str:
-    return _yaml(column_proposals.escape(path))
+    return _yaml(column_sample.escape(path))
 
 
 def _yaml(value: Any) -> str:

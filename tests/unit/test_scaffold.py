@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 from typer.testing import CliRunner
 
-from launch import column_proposals, preflight
+from launch import column_sample, preflight
 from launch.commands import app
 from launch.run_templates import KINDS
 from trainer.config import load
@@ -170,6 +170,34 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         [{"prompt": f"{i} is", "completion": [" odd", " even"][i % 2]} for i in range(9)],
         {"input": "{prompt}", "target": "{completion}", "choices": [" odd", " even"]},
     ),
+    "a column with input and target": (
+        "generate",
+        [
+            {
+                "instruction": "Add.",
+                "input": f"{i}+1",
+                "output": f"{i}.",
+                "text": f"Add. {i}+1: {i}.",
+            }
+            for i in range(3)
+        ],
+        {"input": "{instruction}\n{input}\nAnswer:"},
+    ),
+    "a context with the answer": (
+        "generate",
+        [{"context": f"I am {i}.", "question": "Who?", "answer": str(i)} for i in range(3)],
+        {"input": "{context}\n{question}\nAnswer:"},
+    ),
+    "names of labels": (
+        "classify",
+        [{"text": f"t {i}", "label": i % 2, "label_text": ["no", "yes"][i % 2]} for i in range(9)],
+        {"target": " {label_text}", "choices": ["no", "yes"]},
+    ),
+    "the source of a problem": (
+        "generate",
+        [{"source": "book", "problem": f"{i}?", "solution": f"{i}!"} for i in range(9)],
+        {"input": "{problem}\nAnswer:", "target": " {solution}"},
+    ),
     "long answers": (
         "generate",
         [
@@ -309,7 +337,7 @@ def test_a_missing_header_is_named_beside_the_missing_column(tmp_path, monkeypat
 
 def test_init_says_that_labels_are_those_of_the_first_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(column_proposals, "MAX_ROWS", 10)
+    monkeypatch.setattr(column_sample, "MAX_ROWS", 10)
     Path("rows.csv").write_text("text,label\n" + "a,x\nb,y\n" * 6 + "c,z\n")
     call("init", "classify", "--train", "rows.csv")
     text = Path("classify.yaml").read_text()
