@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import column_sample
 from launch.run_templates import Request
 from trainer.config import DataSource, WrittenSource, resolve_path
 from trainer.runtime.errors import BadInput
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Maximum number of names in a message.
 _SHOWN = 20
+#: Number of rows whose columns are compared.
+_FIRST_ROWS = 100
 
 
 def with_splits(request: Request) -> tuple[Request, list[str]]:
@@ -74,10 +78,34 @@ def _of_hub(request: Request, train: str) -> tuple[Request, list[str]]:
 
 def _with_pair(request: Request, pair: SplitPair, place: str) -> tuple[Request, list[str]]:
     """Use the rows of a pair; an option for validation rows is kept."""
+    request = replace(request, train=pair.train)
     if request.validation is not None or pair.validation is None:
-        return replace(request, train=pair.train), []
-    note = f"validation rows are those of the split {pair.validation_split} in {place}"
-    return replace(request, train=pair.train, validation=pair.validation), [note]
+        return request, []
+    split = f"the split {pair.validation_split} in {place}"
+    if problem := _problem_of_validation(pair):
+        return request, [f"{split} is not used for validation: {problem}"]
+    return replace(request, validation=pair.validation), [f"validation rows are those of {split}"]
+
+
+def _problem_of_validation(pair: SplitPair) -> str:
+    """Say why the first rows to validate on have no labels; empty if they seem to have them."""
+    assert pair.validation is not None
+    try:
+        known, columns = (_columns(source) for source in (pair.train, pair.validation))
+    except BadInput as error:  # class number -1, for example
+        return error.problems[0].removeprefix("--train: ")
+    missing = [name for name in known if name not in columns]
+    return f"it has no column {missing[0]!r}" if missing else ""
+
+
+def _columns(source: WrittenSource) -> list[str]:
+    """Return the columns of the first rows."""
+    from trainer.data.data_files import find_files
+
+    first = source[0] if isinstance(source, list) else source
+    file = find_files(DataSource.model_validate(column_sample.escape(first)), "--train", "train")[0]
+    records = islice(file.records(file.readable()), _FIRST_ROWS)
+    return list(dict.fromkeys(name for record in records for name in record.values))
 
 
 def _choice(request: Request, folder: Path, pairs: list[SplitPair]) -> str:

@@ -79,6 +79,31 @@ def test_splits_of_a_saved_folder_are_validation_rows(splits, validation, tmp_pa
     assert sources() == ["saved", "saved/test"], "an option wins"
 
 
+def test_rows_without_labels_are_not_for_validation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("kaggle/train.csv", "kaggle/sample_submission.jsonl")
+    text = "".join(f"{row['text']},{row['label']}\n" for row in ROWS)
+    Path("kaggle/train.csv").write_text("text,label\n" + text)
+    Path("kaggle/test.csv").write_text("text\na\n")
+    shown = init("--train", "kaggle")
+    assert "test in kaggle is not used for validation: it has no column 'label'\n" in shown
+    assert sources() == ["kaggle/train.csv"]
+    label = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    labels = {"train": [0, 1] * 20, "test": [-1] * 40}
+    saved = {
+        split: datasets.Dataset.from_list(
+            [{"text": f"{split} {i}", "label": label} for i, label in enumerate(values)], features
+        )
+        for split, values in labels.items()
+    }
+    datasets.DatasetDict(saved).save_to_disk("glue")
+    shown = init("--train", "glue", "--force")
+    assert "the split test in glue is not used for validation: glue/test/" in shown
+    assert "-1 is not one of its 2 classes" in shown
+    assert sources() == ["glue"]
+
+
 def test_a_saved_folder_with_other_splits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("one", "train_sft", "test_sft", "train_gen", "test_gen")
