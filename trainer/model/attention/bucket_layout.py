@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from trainer.packing.length_groups import group_by_length
 from trainer.packing.packed_batch import Segment, map_tensors
@@ -97,7 +96,9 @@ class Bucket:
             slopes_A = slopes_A.to(mask.device, non_blocking=True)
             gain_SAK = slopes_A[:, None] * self.key_position_SK[:, None, :]
             gain_SAK = gain_SAK.to(dtype) * scores.slope_scaling
-            return _aligned(torch.where(mask, gain_SAK[:, :, None, :], -torch.inf))
+            shape = (*gain_SAK.shape[:2], *mask.shape[2:])
+            bias = _zero_bias(shape, dtype, mask.device).copy_(gain_SAK[:, :, None, :])
+            return bias.masked_fill_(~mask, -torch.inf)
 
         key = (window, chunk, slopes, scores.slope_dtype, scores.slope_scaling, dtype)
         return self._cached(key, make)
@@ -113,7 +114,8 @@ class Bucket:
             return mask
 
         def make() -> Tensor:
-            return _aligned(torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf))
+            bias = _zero_bias(mask.shape, dtype, mask.device)
+            return bias.masked_fill_(~mask, -torch.inf)
 
         return self._cached((scores.window, scores.chunk, dtype), make)
 
@@ -215,12 +217,11 @@ def prefix_indices(segment: Segment) -> Tensor:
     return torch.cat([torch.arange(p.start, p.start + p.length) for p in segment.prefixes])
 
 
-def _aligned(bias: Tensor) -> Tensor:
-    """The bias, on a GPU with rows that start at multiples of ``BIAS_ALIGNMENT`` elements."""
-    missing = -bias.shape[-1] % BIAS_ALIGNMENT
-    if bias.is_cpu or not missing:
-        return bias
-    return pad(bias, (0, missing))[..., : bias.shape[-1]]
+def _zero_bias(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a bias of zeros, whose rows are aligned on a GPU (``BIAS_ALIGNMENT``)."""
+    unused = 0 if device.type == "cpu" else -shape[-1] % BIAS_ALIGNMENT
+    rows = torch.zeros(*shape[:-1], shape[-1] + unused, dtype=dtype, device=device)
+    return rows[..., : shape[-1]]
 
 
 def _segment_starts(run: Sequence[Segment]) -> Tensor:
