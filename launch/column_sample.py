@@ -149,6 +149,13 @@ def _note(file: DataFile) -> str:
 
     if file.table is None and format_of(file.files[0]) == ".txt":
         return f"{file.name}: each line is a row"
+    names = [] if file.table is not None else file.header() or []
+    if spaced := next((name for name in names if name.strip() and name != name.strip()), None):
+        raise BadInput(
+            f"--train: {file.name}: the name of column {spaced!r} begins or ends with a space; "
+            "remove spaces around separators, as pandas.read_csv(FILE, skipinitialspace=True)"
+            ".to_csv(NEW_FILE, index=False) does, or rename the column"
+        )
     reason, is_likely = file.missing_header()
     if not reason:
         return ""

@@ -567,6 +567,8 @@ def test_csv_mistakes(tmp_path):
     assert "duplicate column 'text'" in problem(
         write(tmp_path, "t.csv", "text,label,text\na,b,c\n")
     )
+    escaped = problem(write(tmp_path, "e.csv", 'text,label\n"a \\"b\\" c",x\n'))
+    assert 'write "" for a quote (not \\"), and put the text in quotes' in escaped
     unnamed = write(tmp_path, "u.csv", "label,text,,\nb,a,,\n")
     assert load_rows(unnamed, task())[0] == {"text": "a", "label": "b"}
     long = write(tmp_path, "l.csv", f"text,label\n{'x' * 200_000},b\n")

@@ -350,6 +350,8 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
     Path("texts.txt").write_text("one\ntwo\n")
     answers = "".join(f"question {i},this is the answer number {i}\n" for i in range(9))
     Path("answers.csv").write_text("question,answer\n" + answers)
+    Path("spaces.csv").write_text("text, label\na, x\nb, y\n")
+    Path("list.jsonl").write_text('[{"text": "a"},\n{"text": "b"}]\n')
     Path("bad.jsonl").write_text("{\n")
     turns = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path("roles.jsonl").write_text(json.dumps({"messages": turns}))
@@ -373,6 +375,8 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
         ("chat", "--train", "roles.jsonl"): r"messages: \[0\]\.role: 'developer' is not one of",
         ("generate", "--train", "texts.txt"): "no column of texts to learn.*init distill",
         ("classify", "--train", "texts.txt"): "no column with 2 to 200 different labels",
+        ("classify", "--train", "spaces.csv"): "name of column ' label' begins or ends with a sp",
+        ("classify", "--train", "list.jsonl"): r"list.jsonl:1: .*\(a list: name it \.json\)",
         ("classify", "--train", "answers.csv"): "no column with 2 to 200 .*init generate",
         ("chat", "--train", "bad.jsonl"): "--train: bad.jsonl:1: not valid JSON",
         ("chat", "--model", "./none"): r"base\.model: \./none: no such folder",

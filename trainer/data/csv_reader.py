@@ -98,7 +98,7 @@ def _fields(file: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 def _quotes(file: Path) -> str:
     """Return the remedy for a text that begins with a quote."""
     if format_of(file) != ".tsv":
-        return 'write "" for a quote, and put the text in quotes'
+        return 'write "" for a quote (not \\"), and put the text in quotes'
     return (
         'if the quotes are plain characters, convert the file: pandas.read_csv(FILE, sep="\\t", '
         'quoting=3).to_json("NEW.jsonl", orient="records", lines=True)'

@@ -28,7 +28,7 @@ def json_lines(
             continue
         row += 1
         values, problem = _json_line(raw)
-        if problem and row == 1 and raw.strip() in (b"{", b"["):
+        if problem and row == 1 and (raw.strip() == b"{" or raw.lstrip().startswith(b"[")):
             problem += (
                 "; a JSON Lines file has one complete object per line (a list: name it .json)"
             )
