@@ -203,6 +203,8 @@ def _misfit(request: Request, sample: Sample, missing: str) -> BadInput:
         )
         return BadInput(f"{problem}; {remedy}")
     remedies = ["name other data"]
+    if request.kind == "generate" and len(column_proposals.find_inputs(sample, None)) == 1:
+        remedies = ["divide each text into two columns, one to read and one to learn"]
     if nested := [column.name for column in column_proposals.nested(sample)]:
         remedies.append(f"write the values in {', '.join(nested)} in columns of their own")
     elif other := next((k for k in _FITS if k != request.kind and _FITS[k](sample)), ""):

@@ -355,6 +355,11 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
     Path("bad.jsonl").write_text("{\n")
     turns = [{"role": "developer", "content": "a"}, {"role": "assistant", "content": "b"}]
     Path("roles.jsonl").write_text(json.dumps({"messages": turns}))
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "function_call": {"name": "f"}},
+    ]
+    Path("calls.jsonl").write_text(json.dumps({"messages": turns}))
     Path("nested.json").write_text(json.dumps({"data": [{"title": "a", "paragraphs": [{}]}]}))
     Path("pairs.jsonl").write_text(json.dumps({"translation": {"en": "yes", "fr": "oui"}}))
     Path("folder.yaml").mkdir()
@@ -373,7 +378,8 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
         ("generate", "--train", "nested.json"): "to learn .* write the values in paragraphs in col",
         ("distill", "--train", "pairs.jsonl"): "to read .* write the values in translation in col",
         ("chat", "--train", "roles.jsonl"): r"messages: \[0\]\.role: 'developer' is not one of",
-        ("generate", "--train", "texts.txt"): "no column of texts to learn.*init distill",
+        ("generate", "--train", "texts.txt"): "to learn.*one to read and one to learn, .*distill",
+        ("chat", "--train", "calls.jsonl"): r"messages: \[1\] has function_call, an earlier form",
         ("classify", "--train", "texts.txt"): "no column with 2 to 200 different labels",
         ("classify", "--train", "spaces.csv"): "name of column ' label' begins or ends with a sp",
         ("classify", "--train", "list.jsonl"): r"list.jsonl:1: .*\(a list: name it \.json\)",

@@ -145,6 +145,10 @@ def _turn(number: int, value: Any) -> dict[str, Any]:
     if role not in ROLES:
         hint = did_you_mean(str(role), ROLES)
         raise ValueError(f"[{number}].role: {role!r} is not one of {', '.join(ROLES)}{hint}")
+    if "function_call" in turn:
+        raise ValueError(
+            f"[{number}] has function_call, an earlier form of OpenAI; write tool_calls instead"
+        )
     if "content" in turn:
         turn["content"] = _content(number, turn["content"])
     elif not turn.get("tool_calls"):
