@@ -603,6 +603,7 @@ def test_rows_inside_quotes_are_refused(name, text, column, last, tmp_path):
     ("name", "text"),
     [
         ("d.csv", 'text,label\n"Dear Bob,\nthanks",a\nx,b\n'),
+        ("d.csv", 'text,label\n"so,a\nthanks",a\nx,b\n'),
         ("d.csv", 'text,label\n"1,5\n2,5\nyes",a\n"3,5\n2",b\n'),
         ("d.csv", 'text,label\n"a\nb\n' + "c\n" * 200 + '",a\nx,b\n'),
         ("d.tsv", 'label\ttext\na\t"def f():\n\treturn 1\n"\nb\t"def f():\n\treturn 1"\n'),

@@ -148,8 +148,8 @@ def _column_of_rows(
 ) -> int | None:
     """Return the column of a field that contains other rows, because of a stray quote.
 
-    Its lines must have the delimiters of rows. In csv, where texts have commas, all values of
-    another column must also be known from other rows.
+    Its lines must have the delimiters of rows. In csv, where texts have commas, there must also be
+    three lines, and all values of another column must be known from other rows.
     """
     others = len(fields) - 1
     for column, field in enumerate(fields):
@@ -158,10 +158,11 @@ def _column_of_rows(
         if not others or counts != [others - column, *[others] * (len(lines) - 2), column]:
             continue
         if delimiter == "\t":
-            is_indented = any(not line[0].strip() for line in lines[1:])
-            return None if is_indented else column
+            if all(line[0].strip() for line in lines[1:]):  # not indented code
+                return column
+            continue
         lines[0] = [*fields[:column], *lines[0]]
-        for c in range(len(fields)):
+        for c in range(len(fields) if len(lines) > 2 else 0):
             inside = {line[c] for line in (lines[:-1] if c > column else lines[1:])}
             if c != column and "" not in inside and inside <= known()[c]:
                 return column
