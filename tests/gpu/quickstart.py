@@ -24,6 +24,7 @@ def first_steps(output_dir: Path, processes: int = 1, **changed: str) -> dict[st
         "evaluation.every": 3,
         "checkpoint.every": 3,
         "tracking.system_metrics": "false",
+        "tracking.uri": f"sqlite:///{output_dir}/mlflow.db",
     } | {name.replace("__", "."): value for name, value in changed.items()}
     overrides = [f"{key}={value}" for key, value in settings.items()]
     command = ["-m", "launch", "train", "examples/quickstart.yaml", *overrides]
