@@ -44,6 +44,21 @@ PROMPTS = [
     },
     {"name": "mlp", "task": "animals", "method": "p_tuning", "num_virtual_tokens": 3},
     {"name": "past", "task": "animals", "method": "prefix_tuning", "num_virtual_tokens": 4},
+    {
+        "name": "reader",
+        "task": "animals",
+        "method": "p_tuning",
+        "encoder": "text",
+        "num_virtual_tokens": 3,
+        "init": {"text": "Is it a deer?"},
+    },
+    {
+        "name": "residual",
+        "task": "triage",
+        "method": "p_tuning",
+        "encoder": "residual",
+        "num_virtual_tokens": 4,
+    },
     {"name": "adafactor", "task": "triage", "num_virtual_tokens": 4, "optimizer": "adafactor"},
     {
         "name": "taught",
@@ -53,6 +68,8 @@ PROMPTS = [
         "teacher": "What is wrong with this patient?",
     },
 ]
+#: Uses a kernel of CUDA.
+LSTM = {"name": "lstm", "task": "animals", "method": "p_tuning", "encoder": "lstm", "init": "vocab"}
 
 
 def answered(base: PromptedBase, device: torch.device) -> dict[str, Any]:
@@ -89,7 +106,10 @@ def answered(base: PromptedBase, device: torch.device) -> dict[str, Any]:
 
 
 def trained(
-    base: PromptedBase, device: torch.device, count: Callable[[], int] = lambda: 0
+    base: PromptedBase,
+    device: torch.device,
+    count: Callable[[], int] = lambda: 0,
+    prompts: Sequence[dict[str, Any]] = PROMPTS,
 ) -> dict[str, Any]:
     """Search initial prompts, train, score, generate and inspect.
 
@@ -97,7 +117,7 @@ def trained(
         count: of waits so far, of host and device for each other.
     """
     quickstart = load("examples/quickstart.yaml").model_dump(exclude_unset=True)
-    quickstart |= {"prompts": PROMPTS, "training": {"steps": STEPS, "tokens_per_step": TOKENS}}
+    quickstart |= {"prompts": [*prompts], "training": {"steps": STEPS, "tokens_per_step": TOKENS}}
     quickstart |= {"search": {"init_share": 20}}  # the longest search, however few steps
     config = RunConfig.model_validate(quickstart)
     files = open_base(config.base)
@@ -115,11 +135,11 @@ def trained(
     waits = []
     for _ in range(STEPS):
         before = count()
-        prompts = bank.virtual_tokens()
+        values = bank.virtual_tokens()
         step_batch = prepare_step(
-            feed.next_step(bank.active), prompt_lengths(prompts), RankInfo(0, 1, device), TOKENS
+            feed.next_step(bank.active), prompt_lengths(values), RankInfo(0, 1, device), TOKENS
         )
-        bank.update(batch_gradients(engine, base, step_batch, prompts, teachers=teachers).gradients)
+        bank.update(batch_gradients(engine, base, step_batch, values, teachers=teachers).gradients)
         waits.append(count() - before)
         batches = len(step_batch.batches)
     judged = bank.judged()

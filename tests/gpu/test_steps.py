@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from benchmarks.unsharded_base import CPU, load_unsharded
 from tests.family_bases import CASES, errors, save_family
 from tests.packed_step import IN_BF16, OUTLIERS, PRODUCTS, PackedStep
-from tests.parts_of_a_run import answered, trained
+from tests.parts_of_a_run import LSTM, PROMPTS, answered, trained
 from trainer.config import PROJECT_ROOT
 from trainer.model.layers.matmul_selection import unsupported_device, use_matmul
 
@@ -87,7 +88,7 @@ def on_both(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_run_ends_as_on_the_cpu(on_both: Any) -> None:
-    expected, found = on_both(trained)
+    expected, found = on_both(partial(trained, prompts=[*PROMPTS, LSTM]))
     assert max(errors(found["prompts"], expected["prompts"])) < 1e-3
     assert found["scores"][0] == pytest.approx(expected["scores"][0], rel=1e-3)
     assert found["texts"] == expected["texts"]

@@ -83,7 +83,8 @@ class TextReader(nn.Module):
         """Map token embeddings [n, H] to virtual tokens [P, H], fp32."""
         # Normalized, because token embeddings can have any scale.
         normed_nH = nn.functional.layer_norm(words_nH, words_nH.shape[1:])
-        places_nE = _positions(len(words_nH), self.queries.shape[1]).to(words_nH)
+        places_nE = _positions(len(words_nH), self.queries.shape[1])
+        places_nE = places_nE.to(words_nH, non_blocking=True)
         keys_nE = self.keys(normed_nH) + places_nE
         scores_Pn = self.queries @ keys_nE.T / math.sqrt(self.queries.shape[1])
         weights_Pn = scores_Pn.softmax(dim=1)
