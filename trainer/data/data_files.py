@@ -73,7 +73,9 @@ class DataFile:
 
     def missing_header(self) -> tuple[str, bool]:
         """Say why the header of a csv file seems to be a row, as ``csv_reader.missing_header``."""
-        is_csv = self.table is None and format_of(self.files[0]) in (".csv", ".tsv")
+        if not self.files or self.table is not None:  # rows in memory have no file
+            return "", False
+        is_csv = format_of(self.files[0]) in (".csv", ".tsv")
         return missing_header(self.files[0]) if is_csv else ("", False)
 
     def readable(self) -> list[str]:
