@@ -175,8 +175,9 @@ def test_compatible_changes_are_accepted(case: Case) -> None:
 
 def test_a_checkpoint_of_an_earlier_version_lacks_settings_with_their_default(case: Case) -> None:
     identity = case.identity()
-    older = {k: v for k, v in identity.items() if not k.endswith((".position", ".chat"))}
-    assert len(older) == len(identity) - 2
+    added = (".position", ".chat", ".optional")
+    older = {k: v for k, v in identity.items() if not k.endswith(added)}
+    assert len(older) == len(identity) - 3
     folder = Path(case.run["output_dir"]) / "checkpoints"
     save_checkpoint(folder, 3, {}, checkpoint_state(3, older), 1)
     saved = find_checkpoint(folder.parent, identity, CONSOLE)

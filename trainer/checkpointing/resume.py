@@ -39,7 +39,7 @@ NOT_TRAINED = {"paraphrases"}
 
 #: Settings that checkpoints of earlier versions lack, and the value that their runs had. Settings
 #: whose default is null need no entry.
-ADDED = {"position": "front", "chat": False, "search": False}
+ADDED = {"position": "front", "chat": False, "search": False, "optional": []}
 
 
 def run_identity(
