@@ -82,7 +82,10 @@ def init(
         raise typer.Exit(EXIT_BAD_INPUT)
     if kind not in KINDS:
         hint = did_you_mean(kind, list(KINDS))
-        raise BadInput(f"init: {kind!r} is not a kind{hint}; known: {', '.join(KINDS)}")
+        problem = f"init: {kind!r} is not a kind{hint}; known: {', '.join(KINDS)}"
+        if Path(kind).exists():
+            problem += f"; name the kind, then the data: promptshard init KIND --train {kind}"
+        raise BadInput(problem)
     target = Path(file or f"{kind}.yaml")
     _check_target(target, force)
     request, notes = data_folders.with_splits(
@@ -118,7 +121,10 @@ def init(
 
 def _check_target(target: Path, force: bool) -> None:
     if target.suffix not in (".yaml", ".yml"):
-        raise BadInput(f"{target}: the name of a run file ends in .yaml")
+        problem = f"{target}: the name of a run file ends in .yaml"
+        if target.exists():
+            problem += "; name data with --train, and put a glob in quotes"
+        raise BadInput(problem)
     if target.is_dir():
         raise BadInput(f"{target}: is a folder; name a new file")
     if target.exists() and not force:

@@ -366,6 +366,8 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
     Path("old.yaml").write_text("mine")
     for arguments, problem in {
         ("clasify",): r"'clasify' is not a kind \(did you mean 'classify'\?\)",
+        ("texts.txt",): r"is not a kind; known: .*; .* promptshard init KIND --train texts\.txt",
+        ("chat", "texts.txt"): "ends in .yaml; name data with --train, and put a glob in quotes",
         ("chat", "old.yaml"): "old.yaml: exists; name another file, or replace it with --force",
         ("chat", "folder.yaml", "--force"): "folder.yaml: is a folder",
         ("chat", "rows.csv"): "rows.csv: the name of a run file ends in .yaml",
