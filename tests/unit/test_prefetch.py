@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from trainer.data.sampler import TokenBudgetSampler
+from trainer.data.teacher import Teacher
 from trainer.data.token_table import Example
-from trainer.distributed.prefetch import RankInfo, StepPrefetcher, prefetched
+from trainer.distributed.prefetch import RankInfo, StepPrefetcher, prefetched, prepare_batch
+from trainer.packing.packed_batch import map_tensors
 from trainer.packing.packed_row import PackedRow, PromptLengths
 
 LENGTHS = [5, 9, 2, 7, 4, 12, 3]
@@ -131,3 +136,36 @@ def test_prefetching_keeps_the_order_and_prepares_one_item_at_a_time():
     next(results)
     results.close()
     assert len(made) <= 3
+
+
+def test_a_batch_for_a_gpu_is_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its tensors: those of its teacher, of its layout, and of rows with candidates, too."""
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        # As torch: a copy with the same strides, which fails if elements share memory.
+        copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+        pinned.append(copy)
+        return copy
+
+    def check(tensor: Tensor) -> Tensor:
+        assert any(tensor is one for one in pinned)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    teacher = Teacher(0, (5, 6, 7), 0)
+    device = torch.device("cuda", 1)
+    rows = [PackedRow(example, i % 2, i) for i, example in enumerate(EXAMPLES)]
+    for packed_rows in (
+        rows,
+        [replace(row, teacher=teacher) for row in rows],
+        [replace(row, candidates=(row.example, *EXAMPLES[4:5])) for row in rows[4:]],
+    ):
+        distilled = packed_rows[0].teacher is not None
+        batch = prepare_batch(
+            packed_rows, PromptLengths((3, 0), (0, 2)), device, distilled=distilled
+        )
+        assert (batch.teacher is not None) == distilled
+        map_tensors(batch, check)
+    assert len(pinned) > 60
