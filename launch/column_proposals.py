@@ -97,7 +97,9 @@ def find_inputs(sample: Sample, target: Column | None) -> list[Column]:
         if column.numbers < column.rows
         and (not _has_few_values(sample, column) or _max_words(column) > _LABEL_WORDS)
     ]
-    return usual or sentences or full_texts or full
+    if not any(column in full for column in usual):
+        usual = [column for column in texts if column in usual or column in sentences]
+    return usual or full_texts or full
 
 
 def _repeats(sample: Sample, column: Column, inputs: Sequence[Column], target: Column) -> bool:
@@ -159,10 +161,7 @@ def unread(sample: Sample, used: Collection[str]) -> list[str]:
         and column.name.lower() != "rejected"
         and column.words + column.lists > column.blank
         and column.numbers < column.rows
-        and (
-            column.name.lower() in ("system", "system_prompt")
-            or not _has_few_values(sample, column)
-        )
+        and (column.name.lower() in SYSTEM or not _has_few_values(sample, column))
     ]
 
 

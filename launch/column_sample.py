@@ -132,8 +132,9 @@ def read_sample(train: WrittenSource) -> Sample:
             if rows <= _KEPT_ROWS:
                 first.append(record.values)
             for name, value in record.values.items():
+                column = columns.setdefault(name, Column(name))
                 if value is not None:
-                    columns.setdefault(name, Column(name)).add(value)
+                    column.add(value)
         note = note or _note(file)
     if not rows:
         raise BadInput(f"--train: {label}: has no rows")

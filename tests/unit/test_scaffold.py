@@ -198,6 +198,18 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         [{"source": "book", "problem": f"{i}?", "solution": f"{i}!"} for i in range(9)],
         {"input": "{problem}\nAnswer:", "target": " {solution}"},
     ),
+    "a title that some rows lack": (
+        "classify",
+        [
+            {
+                "title": f"t {i}" if i % 3 else None,
+                "remark": f"It is the text number {i}.",
+                "stars": i % 2,
+            }
+            for i in range(9)
+        ],
+        {"input": "{title}\n{remark}\nAnswer:", "optional": ["title"], "target": " {stars}"},
+    ),
     "long answers": (
         "generate",
         [
