@@ -327,6 +327,7 @@ def test_init_doubts_a_header_that_looks_like_a_row(
         "text,label\n" + "text,a\nx,b\nsome,a\nmore,b\nothers,b\n",
         "comment_text,toxic\nall of this is a text,toxic\nmore,fine\n",
         "0,1\n5,a\n7,b\n",
+        ",0,1\n" + "0,some words,1\n1,other words,2\n" * 5,
         "Which of these products did you buy last year?,label\nbread,a\nmilk,b\n",
     ],
 )

@@ -195,15 +195,16 @@ def missing_header(file: Path) -> tuple[str, bool]:
     for _, fields in islice(rows, _COMPARED_ROWS):
         for values, field in zip(columns, fields, strict=False):
             values.append(field)
-    if not columns[0] or any(map(_is_identifier, names, columns)):
+    named = [name for name in names if name]
+    is_numbered = named == [str(n) for n in range(len(named))]  # by pandas
+    if not columns[0] or is_numbered or any(map(_is_identifier, names, columns)):
         return "", False
-    is_numbered = names == [str(n) for n in range(len(names))]  # as pandas names columns
     reasons, unusual = [], 0
     for name, values in zip(names, columns, strict=True):
         what = ""
         if name.strip() and name in values and 2 * len(set(values)) <= len(values):
             what = "is also a label in its column"
-        elif not is_numbered and all(map(_is_number, (name, *values))):
+        elif all(map(_is_number, (name, *values))):
             what = "is a number like all values of its column"
         elif _num_words(name) >= _WORDS and _num_words(*values) >= _WORDS:
             what = "is as long as the texts of its column"
