@@ -214,6 +214,21 @@ def test_several_configurations_are_listed_with_a_command(has_readme, tmp_path, 
     assert sources() == ["my clone/fr/train.jsonl"]
 
 
+def test_other_words_in_names_are_configurations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("data/en_train.jsonl", "data/en_dev.jsonl", "data/fr_train_0.jsonl", "data/README.json")
+    write("data/fr_train_1.jsonl", "data/fr_dev.jsonl")
+    with pytest.raises(BadInput) as caught:
+        init("--train", "data")
+    assert str(caught.value) == (
+        "--train: data: has 2 configurations: en, fr; name the rows of one: promptshard init "
+        "classify --train data/en_train.jsonl --validation data/en_dev.jsonl"
+    )
+    write("one/squad_train.jsonl", "one/dev_set.jsonl")
+    init("--train", "one")
+    assert sources() == ["one/squad_train.jsonl", "one/dev_set.jsonl"]
+
+
 def test_a_folder_without_splits_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("clone/cats.jsonl", "clone/dogs.jsonl")

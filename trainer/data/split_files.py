@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer.config import WrittenSource, yaml_parser
 from trainer.data.table_readers import TABLE_FORMATS, saved_splits
-from trainer.data.text_readers import format_of
+from trainer.data.text_readers import GZIP, format_of
 
 TRAIN = ("train", "training")
 #: Words for splits to validate on, in order of preference.
@@ -62,14 +62,7 @@ def split_pairs(folder: Path) -> list[SplitPair]:
             for name in names
         }
         return list(pairs_of("", sources))
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if format_of(path) in _FORMATS
-        and path.name not in _NOT_ROWS
-        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    files = sorted(_data_files(folder))
     configs = _listed_configs(folder) or _named_configs(folder, files)
     if not configs and len(files) == 1:
         configs = {"": {"train": files}}
@@ -78,6 +71,14 @@ def split_pairs(folder: Path) -> list[SplitPair]:
         for config, splits in configs.items()
         for pair in pairs_of(config, {name: _source(of) for name, of in splits.items()})
     ]
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in names:
+            if name not in _NOT_ROWS and name[0] != "." and format_of(name) in _FORMATS:
+                yield Path(place, name)
 
 
 def pairs_of(config: str, splits: Mapping[str, WrittenSource]) -> Iterator[SplitPair]:
@@ -151,20 +152,38 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _named_configs(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, list[Path]]]:
-    """Return configuration -> split -> files, by the names of folders and files."""
-    configs: dict[str, dict[str, list[Path]]] = {}
+    """Return configuration -> split -> files, by the names of folders and files.
+
+    Files to train on whose other words differ, such as ``en_train`` and ``fr_train``, are of
+    several configurations.
+    """
+    places: dict[str, list[tuple[str, str, Path]]] = {}
     for file in files:
         *folders, _ = file.relative_to(folder).parts
-        name = file.name.split(".")[0]
+        name, words = file.name.split(".")[0], ""
         split = next(filter(None, map(_split_of, folders)), "")
         above = takewhile(lambda part: not _split_of(part), folders)
-        config = "/".join(part for part in above if part not in _PLAIN_FOLDERS)
-        if not split:
-            shard = _SHARD.fullmatch(name)
-            split = shard[1] if shard else _split_of(file.name)
+        place = "/".join(part for part in above if part not in _PLAIN_FOLDERS)
+        if not split and (shard := _SHARD.fullmatch(name)):
+            split = shard[1]
+        elif not split:
+            split, words = _split_of(file.name), _other_words(file)
         if split:
+            places.setdefault(place, []).append((split, words, file))
+    configs: dict[str, dict[str, list[Path]]] = {}
+    for place, named in places.items():
+        has_several = len({words for split, words, _ in named if split == "train"}) > 1
+        for split, words, file in named:
+            config = "/".join(filter(None, (place, words if has_several else "")))
             configs.setdefault(config, {}).setdefault(split, []).append(file)
     return configs
+
+
+def _other_words(file: Path) -> str:
+    """Return the words of a file's name without its split, numbers and format."""
+    words = re.split(f"[{_SEPARATORS}]+", file.name.lower())
+    formats = {kind.removeprefix(".") for kind in (*_FORMATS, ".ndjson", GZIP)}
+    return "-".join(word for word in words if word not in {"", *TRAIN, *VALIDATION, *formats})
 
 
 def _split_of(name: str) -> str:
