@@ -576,11 +576,12 @@ def test_csv_mistakes(tmp_path):
 
 
 QUOTES = {
-    "rows in a tsv": ("d.tsv", 'label\ttext\na\t"I hate\nb\tit\na\tMovie 12"\nb\tok\n', "text", 4),
-    "two rows in a tsv": ("d.tsv", 'text\tlabel\n"I hate\ta\r\n12"\tb\r\n', "text", 3),
-    "rows in a csv": ("d.csv", 'text,label\n"so, good,a\nyes,b\n12"",b\n', None, 0),
-    "known labels": ("d.csv", 'text,label\ngood,a\n"bad,b\nyes,a\n12",b\nx,b\n', "text", 5),
-    "many lines": ("d.csv", "text,label\n" + '"bad,b\n' + "x,y\n" * 99 + '12",b\n', "text", 102),
+    "tsv": ("d.tsv", 'label\ttext\na\t"I hate\nb\tit\na\tMovie 12"\nb\tok\na\tno\n', "text", 4),
+    "tsv, two rows": ("d.tsv", 'text\tlabel\n"I hate\ta\r\n12"\tb\r\nc\ta\r\n', "text", 3),
+    "tsv, no labels": ("d.tsv", 'text\tlabel\n"0\tA\n1\tB\n2\tC\n3\tD\n12"\tE\n', "text", 6),
+    "csv": ("d.csv", 'text,label\ngood,a\n"bad,b\nyes,a\n12",b\nx,b\n', "text", 5),
+    "csv, many": ("d.csv", "text,label\n" + '"bad,b\n' + "x,y\n" * 99 + '12",b\n', "text", 102),
+    "csv, open": ("d.csv", 'text,label\n"so, good,a\nyes,b\n12"",b\n', None, 0),
 }
 
 
@@ -607,6 +608,7 @@ def test_rows_inside_quotes_are_refused(name, text, column, last, tmp_path):
         ("d.csv", 'text,label\n"1,5\n2,5\nyes",a\n"3,5\n2",b\n'),
         ("d.csv", 'text,label\n"a\nb\n' + "c\n" * 200 + '",a\nx,b\n'),
         ("d.tsv", 'label\ttext\na\t"def f():\n\treturn 1\n"\nb\t"def f():\n\treturn 1"\n'),
+        ("d.tsv", 'text\tlabel\n"Name\tAge\nBob\t5\nEve"\ta\nx\tb\n'),
         ("d.tsv", 'label\ttext\na\t"one\n\ntwo"\nb\tHe said "no"\n'),
     ],
 )

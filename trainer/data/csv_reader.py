@@ -18,8 +18,9 @@ from typing import Any
 from trainer.data.text_readers import BOM, FileRecord, bad_utf8, format_of, open_text, shorten
 from trainer.runtime.errors import BadInput
 
-#: Number of lines that look like rows, from which a field of a csv file is refused in any case.
-_MANY_LINES = 100
+#: By delimiter: numbers of lines that look like rows from which a field is refused, if their
+#: labels are known and otherwise. Texts have commas more often than tabs.
+_LINES = {",": (3, 100), "\t": (2, 5)}
 #: Number of rows whose values are compared with others.
 _COMPARED_ROWS = 10_000
 #: Maximum length of values that are compared.
@@ -148,25 +149,23 @@ def _column_of_rows(
 ) -> int | None:
     """Return the column of a field that contains other rows, because of a stray quote.
 
-    Its lines must have the delimiters of rows. In csv, where texts have commas, there must also be
-    three lines, and all values of another column must be known from other rows.
+    Its lines must have the delimiters of rows. As texts may have them, too, all values of another
+    column must also be known from other rows, unless there are many lines.
     """
-    others = len(fields) - 1
+    others, (few, many) = len(fields) - 1, _LINES[delimiter]
     for column, field in enumerate(fields):
         lines = [line.rstrip("\r").split(delimiter) for line in field.split("\n")]
         counts = [len(line) - 1 for line in lines]
         if not others or counts != [others - column, *[others] * (len(lines) - 2), column]:
             continue
-        if delimiter == "\t":
-            if all(line[0].strip() for line in lines[1:]):  # not indented code
-                return column
+        if any(not line[0].strip() for line in lines[1:]):  # indented code
             continue
         lines[0] = [*fields[:column], *lines[0]]
-        for c in range(len(fields) if len(lines) > 2 else 0):
+        for c in range(len(fields) if len(lines) >= few else 0):
             inside = {line[c] for line in (lines[:-1] if c > column else lines[1:])}
             if c != column and "" not in inside and inside <= known()[c]:
                 return column
-        if len(lines) > _MANY_LINES:
+        if len(lines) >= many:
             return column
     return None
 
