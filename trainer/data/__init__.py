@@ -3,7 +3,8 @@
 Steps from a file to a packed batch, with the type passed at each step:
 
 1. ``data_files``: a setting such as ``train`` (``DataSource``) -> ``DataFile``: a text file, or a
-   ``Table`` (``table_readers``: parquet, arrow, saved folder, hub data set).
+   ``Table`` (``table_readers``: parquet, arrow, saved folder, hub data set). ``split_files`` finds
+   the splits in a folder, for ``promptshard init``.
 2. Readers: ``DataFile`` -> ``FileRecord`` per row, or its problem (``text_readers``,
    ``csv_reader``, ``json_reader``; tables through ``arrow_values``). JSON Lines and tables of text
    and integers take a faster path: Arrow record batches (``arrow_reader``).
