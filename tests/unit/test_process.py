@@ -8,8 +8,15 @@ import sys
 
 import pytest
 
+from trainer.config import PROJECT_ROOT
 from trainer.runtime import process
 from trainer.runtime.process import ending_signal, process_start
+
+PROGRAMS = sorted(
+    path.relative_to(PROJECT_ROOT).with_suffix("").as_posix().replace("/", ".")
+    for path in (PROJECT_ROOT / "trainer").rglob("*.py")
+    if "fast_imports():" in path.read_text() and path.name != "process.py"
+)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +39,15 @@ def test_the_start_of_the_command_counts_if_it_is_known(monkeypatch):
         assert process.seconds_since_start() == pytest.approx(process.process_age(), abs=5)
     monkeypatch.delenv(process.STARTED)
     assert process.seconds_since_start() > 0
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_programs_import_transformers_only_where_libraries_are_hidden(module: str) -> None:
+    """If it has found accelerate before, it imports accelerate, and fails."""
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

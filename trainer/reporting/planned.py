@@ -25,6 +25,7 @@ from trainer.cost_model.hardware import (
 from trainer.cost_model.run_needs import needs_of_tasks
 from trainer.cost_model.run_plan import Option, placed_option
 from trainer.data.task_data import TaskData
+from trainer.distributed.deepspeed_engine import device_name
 from trainer.distributed.model_loading import LoadedBase
 from trainer.model.checkpoint_files import BaseFiles
 from trainer.model.cpu_rates import measure_cpu
@@ -69,7 +70,7 @@ def _hardware_of(config: RunConfig, device: torch.device, nodes: Sequence[int]) 
     if device.type == "cpu":
         return cpu_device(nodes[0], measure_cpu())
     data = read_hardware()
-    name = gpu_named(data, torch.cuda.get_device_name(device))
+    name = gpu_named(data, device_name(device))
     if name is None:
         return None
     return find_device(data, name, gpus_per_node=nodes[0], network=NETWORK, dtype=config.base.dtype)

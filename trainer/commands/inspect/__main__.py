@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from trainer import config as run_file
 from trainer.config import Base, RunConfig
-from trainer.data.tokenization.chat_template import read_chat_date
 from trainer.runtime import atomic_io
 from trainer.runtime.console import Console
 from trainer.runtime.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, BadInput
@@ -80,6 +79,7 @@ def _inspect_run(
     with phase, fast_imports():
         from trainer.commands.inspect.losses import all_arms, measure_losses, trained_prompts
         from trainer.commands.inspect.weights import int8_weights, measure_weights, stored_bytes
+        from trainer.data.tokenization.chat_template import read_chat_date
         from trainer.distributed.deepspeed_engine import Engine, device_name
         from trainer.distributed.model_loading import open_base_on_all
         from trainer.reporting.run_description import versions
