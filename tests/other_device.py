@@ -74,6 +74,18 @@ class OnDevice(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnDevice({self.raw!r})"
 
+    @property
+    def data(self) -> OnDevice:  # type: ignore[override]
+        return OnDevice(self.raw.detach())
+
+    @data.setter
+    def data(self, other: OnDevice) -> None:
+        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.raw = other.raw
+
+    def untyped_storage(self) -> Any:
+        return self.raw.untyped_storage()
+
     # Values are read here, as torch's own functions abort the threads that run backward.
 
     def tolist(self) -> Any:
@@ -109,6 +121,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _count(func, args, kwargs, there)
     if device is not None:
         raw_options["device"] = torch.device("cpu")
+    if func is aten.resize_.default:
+        args[0].data = OnDevice(func(*raw, **raw_options))
+        return args[0]
     out = func(*raw, **raw_options)
     if func is aten.copy_.default:
         return args[0]
@@ -165,6 +180,9 @@ class _Factories(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
+        sends = func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default
+        if sends and OnDevice not in types:
+            raise RuntimeError(f"{func}: NCCL sends no tensors of the host")
         if OnDevice in types or (device is not None and torch.device(device).type == DEVICE.type):
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
