@@ -1,9 +1,10 @@
 """A simulated device other than the CPU, whose operations the CPU computes.
 
-Like a GPU it refuses to mix tensors of host and device, and kernels that only CPUs have. It counts
-where host and GPU would wait for each other: values that are read, sizes that depend on values,
-copies without ``non_blocking``. Code for GPUs therefore runs and is compared on a machine without
-one, except CUDA's own kernels and branches (FlexAttention, pinned memory).
+Like a GPU it refuses to mix tensors of host and device, and kernels that only CPUs have; like NCCL
+it refuses to send tensors of the host. It counts where host and GPU would wait for each other:
+values that are read, sizes that depend on values, copies without ``non_blocking``. Code for GPUs
+therefore runs and is compared on a machine without one, except CUDA's own kernels, streams and
+branches (FlexAttention, pinned memory).
 """
 
 from __future__ import annotations
