@@ -154,3 +154,13 @@ def test_ctrl_c_prints_no_traceback(decoys):
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "0"), ({"USE_HUB_KERNELS": "1"}, "1")])
+def test_transformers_uses_no_kernels_of_the_hub(
+    decoys: Path, given: dict[str, str], expected: str
+) -> None:
+    """Unless the user asks for them: functions of transformers would become modules."""
+    (decoys.parent / "program.py").write_text("import os; print(os.environ['USE_HUB_KERNELS'])")
+    done = start(decoys, "program", path=[str(decoys.parent)], **given)
+    assert done.stdout.strip() == expected, done.stderr

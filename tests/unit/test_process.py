@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +52,26 @@ def test_programs_import_transformers_only_where_libraries_are_hidden(module: st
         [sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_kernels_of_the_hub_are_not_imported(tmp_path: Path) -> None:
+    """With them, functions of transformers become modules."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('imported')")
+    metadata = tmp_path / "kernels-0.18.5.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
+    code = (
+        "from trainer.runtime.process import fast_imports\n"
+        "with fast_imports():\n"
+        "    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb\n"
+        "print(apply_rotary_pos_emb.__name__)"
+    )
+    path = os.pathsep.join([str(tmp_path), str(PROJECT_ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "apply_rotary_pos_emb", done.stderr[-1000:]

@@ -114,6 +114,8 @@ def main() -> None:
     if args.parent_death is not None:
         die_with_parent(signal.Signals[args.parent_death], int(os.environ.get(PARENT, "0")))
     os.environ[PARENT] = str(os.getpid())  # for children that are started in the same way
+    # With kernels of a hub, functions of transformers become modules, which are not recognized.
+    os.environ.setdefault("USE_HUB_KERNELS", "0")
     keep_streams()
     arguments = args.arguments
     if args.arguments_in_environment:

@@ -26,8 +26,9 @@ STARTED = "PROMPTSHARD_STARTED"
 START_OPTIONS = "PROMPTSHARD_START_OPTIONS"
 #: Libraries that torch and transformers (5.0 to 5.24) import if installed, for parts that are not
 #: used here: losses of image models, assisted generation, pickles of lambdas, loading to several
-#: devices. scikit-learn imports scipy, so both must be hidden.
-UNUSED = ("scipy", "sklearn", "dill", "accelerate")
+#: devices, kernels of a hub. scikit-learn imports scipy, so both must be hidden. With ``kernels``,
+#: functions of transformers become modules, which ``fused_ops`` does not recognize.
+UNUSED = ("scipy", "sklearn", "dill", "accelerate", "kernels")
 #: Environment of processes that compute on the CPU: threads sleep while they wait for each other.
 #: By default they spin, which takes the cores of the thread that they wait for if others use them.
 WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
