@@ -100,7 +100,7 @@ PARTS = [
     Part("products", "frozen linear layers with each kind of product", 75, "kernels.products"),
     Part("attention", "FlexAttention and bucketed attention", 75, "attention.attention"),
     Part("out_of_memory", "a step that does not fit is split", 60, "out_of_memory.out_of_memory"),
-    Part("tests", "tests/gpu", 180, "run_tests.run_tests"),
+    Part("tests", "tests/gpu", 240, "run_tests.run_tests"),
     Part("base", "write an int8 base of 8B shape with random weights", 60, "training.write_base"),
     _training("train_int8", "1 prompt, base.matmul: int8"),
     _training("train_bank", "16 prompts in one run, with the tokens per step of train_int8"),
