@@ -103,9 +103,9 @@ def _with_prompts(
     The mask already counts the P virtual tokens: row b has ``T - sum(mask_b)`` padding tokens.
     """
     width, length = mask_BT.shape[1], words_BLH.shape[1]
+    pads_B: list[int] = (mask_BT == 0).sum(1).tolist()
     rows = []
-    for words_LH, mask_T, prompt_PH, at in zip(words_BLH, mask_BT, prompts, prompt_at, strict=True):
-        pads = int((mask_T == 0).sum())
+    for words_LH, pads, prompt_PH, at in zip(words_BLH, pads_B, prompts, prompt_at, strict=True):
         text_LH = words_LH[length - (width - pads - len(prompt_PH)) :]
         padding = words_BLH.new_zeros(pads, words_BLH.shape[2])
         rows.append(torch.cat([padding, text_LH[:at], prompt_PH, text_LH[at:]]))
