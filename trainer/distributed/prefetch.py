@@ -71,7 +71,7 @@ def prepare_batch(
 
 
 def _with_layout(batch: PackedBatch) -> PackedBatch:
-    return replace(batch, layout=make_layout(batch.segments, torch.device("cpu")))
+    return replace(batch, layout=make_layout(batch.segments, torch.device("cpu"), batch.distinct_U))
 
 
 def prepare_step(

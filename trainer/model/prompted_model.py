@@ -22,7 +22,7 @@ from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.decode_step import DecodeStep, insert_prompts
 from trainer.model.families import context_length, family_of
-from trainer.model.layers.last_mlp import limit_last_mlp
+from trainer.model.layers.last_layer import limit_last_layer
 from trainer.model.layers.lm_head import LabelLosses
 from trainer.model.per_layer_inputs import id_rules, ids_with_padding, look_up
 from trainer.packing.packed_batch import PackedBatch
@@ -78,7 +78,7 @@ class PromptedBase(nn.Module):
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
-        self._read = limit_last_mlp(model.base_model)
+        self._read = limit_last_layer(model.base_model)
         self._padding = id_rules(model.config).padding
         self._last_position = context_length(model.config) - 1
         parameters = inspect.signature(model.base_model.forward).parameters
@@ -160,7 +160,8 @@ class PromptedBase(nn.Module):
     def _packed(
         self, batch: PackedBatch, hidden_TH: Tensor, ids_T: Tensor, past: Sequence[Tensor]
     ) -> Tensor:
-        layout = with_past(batch.layout or make_layout(batch.segments, hidden_TH.device), past)
+        layout = batch.layout or make_layout(batch.segments, hidden_TH.device, batch.distinct_U)
+        layout = with_past(replace(layout, last_layer=self._read.layer), past)
         if self.flex:
             layout = with_flex(layout, batch.segments)
         self._read.distinct_U = batch.distinct_U  # also in backward, which may recompute the layer

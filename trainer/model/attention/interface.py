@@ -27,7 +27,7 @@ from trainer.model.attention.bucket_layout import Buckets, Scores, make_buckets
 from trainer.model.attention.bucketed import attend_in_buckets
 from trainer.model.attention.cpu_kernels import attend_on_cpu
 from trainer.model.attention.flex import FlexLayout, make_flex_layout
-from trainer.model.attention.spans import Spans, make_spans
+from trainer.model.attention.spans import ReadSpans, Spans, make_read_spans, make_spans
 from trainer.packing.packed_batch import Segment
 from trainer.runtime.errors import BadInput
 
@@ -44,20 +44,34 @@ class Layout:
         past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
         spans: used in place of the buckets by layers that they suit, if the model is on a CPU; the
             layout is often made on a CPU for a model on a GPU.
+        last: spans of the last layer, whose other outputs are not read.
+        last_layer: index of that layer; None: compute all outputs of every layer.
         flex: layout for FlexAttention; None: use the buckets.
         observer: measures attention, for ``promptshard inspect``.
     """
 
     buckets: Buckets
     spans: Spans | None = None
+    last: ReadSpans | None = None
+    last_layer: int | None = None
     past: tuple[Tensor, ...] = ()
     flex: FlexLayout | None = None
     observer: Observer | None = None
 
 
-def make_layout(segments: Sequence[Segment], device: torch.device) -> Layout:
+def make_layout(
+    segments: Sequence[Segment], device: torch.device, read_U: Tensor | None = None
+) -> Layout:
+    """Lay out a packed batch.
+
+    Args:
+        read_U: positions of the last layer's outputs that are read; None: all.
+    """
     spans = make_spans(segments) if device.type == "cpu" else None
-    return Layout(make_buckets(segments, device), spans)
+    last = None
+    if spans is not None and read_U is not None:
+        last = make_read_spans(segments, read_U)
+    return Layout(make_buckets(segments, device), spans, last)
 
 
 def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:
@@ -97,6 +111,11 @@ def attend(
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
     spans = layout.spans if query.is_cpu else None
     if spans is not None and spans.suits(scores) and query.shape[-1] == value.shape[-1]:
+        last = layout.last if layer == layout.last_layer else None
+        if last is not None:
+            query_RAD = query_TAD.index_select(0, last.query_R)
+            output_RAD = attend_on_cpu(query_RAD, key_UAD, value_UAD, last.spans, scores)
+            return torch.zeros_like(query_TAD).index_copy(0, last.query_R, output_RAD)[None]
         return attend_on_cpu(query_TAD, key_UAD, value_UAD, spans, scores)[None]
     return attend_in_buckets(query_TAD, key_UAD, value_UAD, layout.buckets, scores)[None]
 

@@ -39,6 +39,7 @@ from trainer.model.layers.activations import ACTIVATIONS, gated, gated_backward
 from trainer.model.layers.compilation import fused_loop
 from trainer.model.layers.int8_blocks import SharedInput, int8_gated_mlp
 from trainer.model.layers.int8_matmul import Product, Terms
+from trainer.model.layers.last_layer import OnlyRead
 from trainer.model.layers.linear import FrozenLinear
 
 #: Layers of a gated MLP, and those of an attention whose input is the same.
@@ -315,7 +316,8 @@ def fuse_int8_layers(model: nn.Module, product: Product, terms: Terms) -> None:
         if isinstance(module, RecomputedGatedMLP):
             module.int8_terms = terms if joinable(module, MLP_LAYERS, bias=False) else None
         elif isinstance(module, RecomputedRotaryAttention):
-            layers = joinable(module, QKV_LAYERS, bias=True)
+            limited = isinstance(getattr(module, "q_proj", None), OnlyRead)
+            layers = joinable(module, QKV_LAYERS[limited:], bias=True)
             shared = SharedInput([layer.matrix for layer in layers], terms)
             for index, layer in enumerate(layers):
                 layer.product = partial(shared.product, index)
