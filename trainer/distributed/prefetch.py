@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from trainer.model.attention.interface import make_layout
+from trainer.model.attention.interface import batch_layout
 from trainer.packing.batch_source import BatchSource
 from trainer.packing.packed_batch import (
     PackedBatch,
@@ -71,7 +71,7 @@ def prepare_batch(
 
 
 def _with_layout(batch: PackedBatch) -> PackedBatch:
-    return replace(batch, layout=make_layout(batch.segments, torch.device("cpu"), batch.distinct_U))
+    return replace(batch, layout=batch_layout(batch, torch.device("cpu")))
 
 
 def prepare_step(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import Mamba2ForCausalLM, PreTrainedModel
 
 from trainer.model.attention.indexing import take
-from trainer.model.attention.interface import make_layout, with_flex, with_past
+from trainer.model.attention.interface import batch_layout, with_flex, with_past
 from trainer.model.attention.padded import pad_rows
 from trainer.model.attention.prefix_cache import PastCache
 from trainer.model.decode_step import DecodeStep, insert_prompts
 from trainer.model.families import context_length, family_of
-from trainer.model.layers.last_layer import limit_last_layer
+from trainer.model.layers.end_layers import limit_end_layers
 from trainer.model.layers.lm_head import LabelLosses
 from trainer.model.per_layer_inputs import id_rules, ids_with_padding, look_up
 from trainer.packing.packed_batch import PackedBatch
@@ -78,7 +78,7 @@ class PromptedBase(nn.Module):
         self.model, self.dtype = model, dtype
         self.packed = family_of(model.config, model.config.model_type).packed
         self.flex = False
-        self._read = limit_last_layer(model.base_model)
+        self._ends = limit_end_layers(model.base_model)
         self._padding = id_rules(model.config).padding
         self._last_position = context_length(model.config) - 1
         parameters = inspect.signature(model.base_model.forward).parameters
@@ -108,7 +108,7 @@ class PromptedBase(nn.Module):
                 one prompt.
             teacher_DH: the teacher's hidden states for the distilled positions of a packed batch.
         """
-        self._read.distinct_U = None
+        self._ends.limit(None, None)
         if isinstance(inputs, PackedBatch):
             return ForwardResult(losses=self._losses(inputs, virtual_tokens, teacher_DH))
         if isinstance(inputs, HiddenStatesRequest):
@@ -160,11 +160,12 @@ class PromptedBase(nn.Module):
     def _packed(
         self, batch: PackedBatch, hidden_TH: Tensor, ids_T: Tensor, past: Sequence[Tensor]
     ) -> Tensor:
-        layout = batch.layout or make_layout(batch.segments, hidden_TH.device, batch.distinct_U)
-        layout = with_past(replace(layout, last_layer=self._read.layer), past)
+        layout = batch.layout or batch_layout(batch, hidden_TH.device)
+        layout = with_past(replace(layout, last_layer=self._ends.last), past)
         if self.flex:
             layout = with_flex(layout, batch.segments)
-        self._read.distinct_U = batch.distinct_U  # also in backward, which may recompute the layer
+        # also in backward, which may recompute the layers
+        self._ends.limit(batch.distinct_U, batch.num_learned)
         output: Any = self.model.base_model(
             inputs_embeds=hidden_TH[None],
             position_ids=batch.position_ids_T[None],

@@ -113,6 +113,11 @@ class PackedBatch:
         """Positions whose hidden states the head reads: U distinct ones, or one per label, [N]."""
         return self.label_positions_N if self.place_N is None else self.distinct_U
 
+    @property
+    def num_learned(self) -> int:
+        """Number of the first tokens, all prompts; the embeddings of those after are constant."""
+        return self.segments[self.first_row].start
+
     def to(self, device: torch.device) -> PackedBatch:
         """Copy to the device, from pinned memory without waiting."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.scoring import Request
 from trainer.model.attention.bucket_layout import Buckets, Scores
-from trainer.model.attention.interface import make_layout
+from trainer.model.attention.interface import batch_layout
 from trainer.packing.packed_batch import PackedBatch
 from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import SoftPrompt, prompt_lengths
@@ -68,7 +68,7 @@ def measure_sensitivity(
     for batch in evaluator.batches(rows, prompt_lengths(prompts), advance=advance):
         observer = None
         if base.packed:
-            layout = batch.layout or make_layout(batch.segments, engine.device)
+            layout = batch.layout or batch_layout(batch, engine.device)
             observer = AttentionObserver(batch, layout.buckets, offsets, totals_LS, seen_L)
             batch = replace(batch, layout=replace(layout, observer=observer))
         with torch.enable_grad():

@@ -25,10 +25,17 @@ from transformers import AttentionInterface
 
 from trainer.model.attention.bucket_layout import Buckets, Scores, make_buckets
 from trainer.model.attention.bucketed import attend_in_buckets
-from trainer.model.attention.cpu_kernels import attend_on_cpu
+from trainer.model.attention.cpu_kernels import KernelCalls, attend_on_cpu
 from trainer.model.attention.flex import FlexLayout, make_flex_layout
-from trainer.model.attention.spans import ReadSpans, Spans, make_read_spans, make_spans
-from trainer.packing.packed_batch import Segment
+from trainer.model.attention.spans import (
+    LearnedSpans,
+    ReadSpans,
+    Spans,
+    learned_spans,
+    make_read_spans,
+    make_spans,
+)
+from trainer.packing.packed_batch import PackedBatch, Segment
 from trainer.runtime.errors import BadInput
 
 PACKED = "promptshard_packed"
@@ -44,14 +51,16 @@ class Layout:
         past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
         spans: used in place of the buckets by layers that they suit, if the model is on a CPU; the
             layout is often made on a CPU for a model on a GPU.
-        last: spans of the last layer, whose other outputs are not read.
-        last_layer: index of that layer; None: compute all outputs of every layer.
+        first, last: spans of the first and the last layer, which compute less
+            (``trainer.model.layers.end_layers``).
+        last_layer: index of the last layer; None: all layers compute everything.
         flex: layout for FlexAttention; None: use the buckets.
         observer: measures attention, for ``promptshard inspect``.
     """
 
     buckets: Buckets
     spans: Spans | None = None
+    first: LearnedSpans | None = None
     last: ReadSpans | None = None
     last_layer: int | None = None
     past: tuple[Tensor, ...] = ()
@@ -60,18 +69,28 @@ class Layout:
 
 
 def make_layout(
-    segments: Sequence[Segment], device: torch.device, read_U: Tensor | None = None
+    segments: Sequence[Segment],
+    device: torch.device,
+    read_U: Tensor | None = None,
+    num_learned: int | None = None,
 ) -> Layout:
-    """Lay out a packed batch.
+    """Lay out the segments of a packed batch.
 
     Args:
-        read_U: positions of the last layer's outputs that are read; None: all.
+        read_U: positions of the last layer's outputs that are read, ascending; None: all.
+        num_learned: number of the first tokens, after which no embedding has a gradient; None: any.
     """
     spans = make_spans(segments) if device.type == "cpu" else None
-    last = None
-    if spans is not None and read_U is not None:
-        last = make_read_spans(segments, read_U)
-    return Layout(make_buckets(segments, device), spans, last)
+    first = last = None
+    if spans is not None:
+        first = None if num_learned is None else learned_spans(spans, num_learned)
+        last = None if read_U is None else make_read_spans(segments, read_U)
+    return Layout(make_buckets(segments, device), spans, first, last)
+
+
+def batch_layout(batch: PackedBatch, device: torch.device) -> Layout:
+    """Lay out a packed batch whose first and last layers compute less."""
+    return make_layout(batch.segments, device, batch.distinct_U, batch.num_learned)
 
 
 def with_past(layout: Layout, past: Sequence[Tensor]) -> Layout:
@@ -111,12 +130,14 @@ def attend(
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
     spans = layout.spans if query.is_cpu else None
     if spans is not None and spans.suits(scores) and query.shape[-1] == value.shape[-1]:
-        last = layout.last if layer == layout.last_layer else None
-        if last is not None:
-            query_RAD = query_TAD.index_select(0, last.query_R)
-            output_RAD = attend_on_cpu(query_RAD, key_UAD, value_UAD, last.spans, scores)
-            return torch.zeros_like(query_TAD).index_copy(0, last.query_R, output_RAD)[None]
-        return attend_on_cpu(query_TAD, key_UAD, value_UAD, spans, scores)[None]
+        if layout.last is not None and layer == layout.last_layer:
+            query_R, spans = layout.last.query_R, layout.last.spans
+            output_RAD = attend_on_cpu(query_TAD[query_R], key_UAD, value_UAD, spans, scores)
+            return torch.zeros_like(query_TAD).index_copy(0, query_R, output_RAD)[None]
+        calls: KernelCalls = spans
+        if layout.first is not None and layout.last_layer is not None and layer == 0:
+            calls = layout.first
+        return attend_on_cpu(query_TAD, key_UAD, value_UAD, calls, scores)[None]
     return attend_in_buckets(query_TAD, key_UAD, value_UAD, layout.buckets, scores)[None]
 
 

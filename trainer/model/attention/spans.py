@@ -11,7 +11,8 @@ and K keys of a call, A attention heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Spans:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``KernelCalls.backward``: the sum of the gradients of all calls."""
         of_query_TAD, of_key_UAD, of_value_UAD = map(
-            torch.empty_like, (query_TAD, key_UAD, value_UAD)
+            torch.zeros_like, (query_TAD, key_UAD, value_UAD)
         )
 
         def gradients(queries: Segment, keys: Segment, causal: bool) -> list[Tensor]:
@@ -93,8 +94,6 @@ class Spans:
             )
             return [of_1AnD[0].transpose(0, 1) for of_1AnD in of_each]
 
-        for of_past_UAD in (of_key_UAD, of_value_UAD):
-            of_past_UAD.zero_()
         for queries, keys in self.own:
             at, keys_at = slice(queries.start, queries.end), slice(keys.start, keys.end)
             of_query_TAD[at], of_key_UAD[keys_at], of_value_UAD[keys_at] = gradients(
@@ -106,6 +105,27 @@ class Spans:
             of_key_UAD[keys.start : keys.end] += of_key_KAD
             of_value_UAD[keys.start : keys.end] += of_value_KAD
         return of_query_TAD, of_key_UAD, of_value_UAD
+
+
+@dataclass(frozen=True)
+class LearnedSpans:
+    """Spans whose backward computes only gradients of keys and queries that need one.
+
+    Attributes:
+        spans: all; those of forward.
+        learned: those of backward.
+    """
+
+    spans: Spans
+    learned: Spans
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """As ``KernelCalls.forward``."""
+        return self.spans.forward(*inputs)
+
+    def backward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``KernelCalls.backward``; zero where no gradient is needed."""
+        return self.learned.backward(*inputs)
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,19 @@ def make_spans(segments: Sequence[Segment]) -> Spans | None:
     if any(segment.sibling for segment in segments):
         return None
     return _spans([(segment, segment.start, segment) for segment in segments])
+
+
+def learned_spans(spans: Spans, num_learned: int) -> LearnedSpans:
+    """Leave out the gradients of tokens after the first ``num_learned``."""
+    num_tokens = spans.own[-1][0].end
+
+    def needed(pair: tuple[Segment, Segment]) -> bool:
+        queries, keys = pair
+        constant = num_learned <= keys.start < num_tokens  # after the tokens are learned keys
+        return queries.start < num_learned or not constant
+
+    own, shared = (tuple(filter(needed, pairs)) for pairs in (spans.own, spans.shared))
+    return LearnedSpans(spans, replace(spans, own=own, shared=shared))
 
 
 def make_read_spans(segments: Sequence[Segment], read_U: Tensor) -> ReadSpans | None:

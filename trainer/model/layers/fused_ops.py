@@ -37,9 +37,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from trainer.model.layers.activations import ACTIVATIONS, gated, gated_backward
 from trainer.model.layers.compilation import fused_loop
+from trainer.model.layers.end_layers import OnlyRead
 from trainer.model.layers.int8_blocks import SharedInput, int8_gated_mlp
 from trainer.model.layers.int8_matmul import Product, Terms
-from trainer.model.layers.last_layer import OnlyRead
 from trainer.model.layers.linear import FrozenLinear
 
 #: Layers of a gated MLP, and those of an attention whose input is the same.

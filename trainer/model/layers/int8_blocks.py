@@ -51,26 +51,29 @@ def int8_gated_mlp(
 
 
 class SharedInput:
-    """Products of layers that a module calls one after the other with the same input.
+    """Products of layers that a module calls one after the other with the same inputs.
 
-    The first call computes the products of all layers, and the next ones return them. A call with
-    another tensor computes all products of that tensor.
+    The first call with an input computes the products of all layers, and the next ones return them.
+    A module may give each layer two inputs in turn, the halves of its own.
     """
 
     def __init__(self, matrices: Sequence[Matrix], terms: Terms) -> None:
         self._matrices = tuple(matrices)
         self._terms = terms
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._pending: list[tuple[Tensor, dict[int, Tensor]]] = []
 
     def product(self, index: int, x: Tensor, _: Matrix) -> Tensor:
         """Return ``x @ W.T`` for the layer with this index, whose matrix is known."""
-        if self._input is not x or index not in self._outputs:
+        for pending in self._pending:
+            if pending[0] is x and index in pending[1]:
+                break
+        else:
             products = int8_products(x, self._matrices, self._terms)
-            self._input, self._outputs = x, dict(enumerate(products))
-        y = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
+            pending = x, dict(enumerate(products))
+            self._pending = [*self._pending[-1:], pending]
+        y = pending[1].pop(index)
+        if not pending[1]:
+            self._pending = [other for other in self._pending if other is not pending]
         return y
 
 

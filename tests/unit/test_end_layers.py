@@ -15,7 +15,7 @@ from tests.family_bases import CASES
 from trainer.data.token_table import Example
 from trainer.model.decode_step import DecodeStep
 from trainer.model.families import layer_sizes
-from trainer.model.layers.last_mlp import LastMLP
+from trainer.model.layers.end_layers import OnlyRead
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.packed_batch import PackedBatch, build_packed_batch
 from trainer.packing.packed_row import PackedRow
@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_those_of_all_positions(
 ) -> None:
     base = load_unsharded(family(case), "int8", checkpointing)
     limited = losses_and_gradient(base)
-    monkeypatch.setattr(LastMLP, "forward", lambda self, x: super(LastMLP, self).forward(x))
+    monkeypatch.setattr(OnlyRead, "forward", lambda self, x: super(OnlyRead, self).forward(x))
     for one, other in zip(limited, losses_and_gradient(base), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -79,5 +79,5 @@ def test_only_positions_before_labels_are_computed(family: Callable[..., Path]) 
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_knows_which_families_are_limited(family: Callable[..., Path], case: str) -> None:
     base = load_unsharded(family(case), "int8")
-    limited = base.packed and any(isinstance(module, LastMLP) for module in base.modules())
+    limited = base.packed and any(isinstance(module, OnlyRead) for module in base.modules())
     assert layer_sizes(base.model.config).limits_last_mlp is limited
