@@ -1,4 +1,7 @@
-"""The last layer's MLP computes the positions that predict labels, and nothing else changes."""
+"""The last layer computes the positions that predict labels, the first has no backward for text.
+
+Nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ from torch import Tensor
 
 from benchmarks.unsharded_base import load_unsharded
 from tests.family_bases import CASES
+from trainer.config import Base
+from trainer.cost_model.base_headers import UNPLANNED, open_base_shape
 from trainer.data.token_table import Example
 from trainer.model.decode_step import DecodeStep
 from trainer.model.families import layer_sizes
-from trainer.model.layers.end_layers import OnlyRead
+from trainer.model.layers.end_layers import EndLayers, OnlyLearned, OnlyRead
+from trainer.model.layers.linear import FrozenLinear
+from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.prompted_model import PromptedBase
 from trainer.packing.packed_batch import PackedBatch, build_packed_batch
 from trainer.packing.packed_row import PackedRow
@@ -34,10 +41,6 @@ def batch_of(rows: list[tuple[int, int]]) -> PackedBatch:
     return build_packed_batch(packed, [VIRTUAL])
 
 
-def last_layer_mlp(base: PromptedBase) -> Any:
-    return base.model.base_model.layers[-1].mlp
-
-
 def losses_and_gradient(base: PromptedBase) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     leaf = torch.randn(VIRTUAL, base.hidden_size, requires_grad=True)
@@ -48,7 +51,9 @@ def losses_and_gradient(base: PromptedBase) -> tuple[Tensor, Tensor]:
     return result.loss_N.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("case", ["llama", "phi3", "gemma2", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "case", ["llama", "phi3", "gemma2", "qwen3_moe", "gpt_oss", "deepseek_v3", "biogpt", "falcon"]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_losses_and_gradients_are_those_of_all_positions(
     family: Callable[..., Path],
@@ -58,26 +63,65 @@ def test_losses_and_gradients_are_those_of_all_positions(
 ) -> None:
     base = load_unsharded(family(case), "int8", checkpointing)
     limited = losses_and_gradient(base)
-    monkeypatch.setattr(OnlyRead, "forward", lambda self, x: super(OnlyRead, self).forward(x))
+    monkeypatch.setattr(EndLayers, "limit", lambda *_: None)
+    base._ends.read_U = base._ends.num_learned = base._ends.last = None
     for one, other in zip(limited, losses_and_gradient(base), strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_only_positions_before_labels_are_computed(family: Callable[..., Path]) -> None:
-    base, counts = load_unsharded(family("llama"), "int8"), list[int]()
-    last_layer_mlp(base).down_proj.register_forward_pre_hook(
-        lambda module, inputs: counts.append(inputs[0].shape[-2])
-    )
+@pytest.mark.parametrize("kind", ["dequantize", "int8"])
+def test_only_positions_that_are_needed_are_computed(
+    family: Callable[..., Path], kind: str
+) -> None:
+    base = load_unsharded(family("llama"), "int8")
+    use_matmul(base, kind, 6.0)
+    calls: dict[str, list[tuple[int, bool]]] = {}
+    first, last = base.model.base_model.layers
+    for name, product in {
+        "first": first.self_attn.k_proj,
+        "queries": last.self_attn.q_proj,
+        "keys": last.self_attn.k_proj,
+        "output": last.self_attn.o_proj,
+        "mlp": last.mlp.gate_proj,
+    }.items():
+        _note(product, calls.setdefault(name, []))
     losses_and_gradient(base)
-    assert counts == [2 + 2 + 1 + 1 + 1]  # both rows without text have their first label in common
+    total = VIRTUAL + sum(n for n, _ in ROWS)
+    read = [(2 + 2 + 1 + 1 + 1, True)]  # rows without text have their first label in common
+    assert calls["first"] == [(VIRTUAL, True), (total - VIRTUAL, False)]
+    assert calls["queries"] == calls["output"] == read
+    assert calls["keys"] == [(total, True)]
+    assert calls["mlp"] == ([] if kind == "int8" else read), "a fused one reads the weight itself"
+
     tokens, ids = 4, torch.ones(2, 4, dtype=torch.long)
+    for noted in calls.values():
+        noted.clear()
     with base.unpacked():
         base(DecodeStep(ids, torch.ones_like(ids), base.new_cache()), [])
-    assert counts[1:] == [tokens]
+    assert calls["first"] == calls["queries"] == calls["output"] == [(tokens, False)]
+
+
+def _note(layer: Any, calls: list[tuple[int, bool]]) -> None:
+    product = layer.product
+
+    def noted(x: Tensor, matrix: Any) -> Tensor:
+        calls.append((x.shape[-2], x.requires_grad))
+        y: Tensor = product(x, matrix)
+        return y
+
+    layer.product = noted
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_plan_knows_which_families_are_limited(family: Callable[..., Path], case: str) -> None:
+def test_the_plan_knows_what_is_limited(family: Callable[..., Path], case: str) -> None:
     base = load_unsharded(family(case), "int8")
-    limited = base.packed and any(isinstance(module, OnlyRead) for module in base.modules())
-    assert layer_sizes(base.model.config).limits_last_mlp is limited
+    sizes, layers = layer_sizes(base.model.config), base.model.base_model
+    mlp = any(isinstance(m, OnlyRead) and not isinstance(m, FrozenLinear) for m in layers.modules())
+    assert sizes.limits_last_mlp is (base.packed and mlp)
+    assert sizes.limits_ends is (base.packed and base._ends.last is not None)
+    if not sizes.limits_ends or base.model.config.model_type in UNPLANNED:
+        return
+    shape, _, _ = open_base_shape(Base(model=str(family(case))), itemsize=2)
+    for kind, planned in ((OnlyRead, shape.only_read), (OnlyLearned, shape.only_learned)):
+        products = [m for m in layers.modules() if isinstance(m, kind)]
+        assert planned == sum(m.weight.numel() for m in products if isinstance(m, FrozenLinear))

@@ -39,6 +39,10 @@ _ROUTER = re.compile(r"\.(gate|router|router\.(layer|classifier))\.weight$")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 #: The MLP's products, of which the last layer computes few positions.
 _MLP = re.compile(r"\.(mlp|block_sparse_moe)\.")
+#: Products of attention that the last layer computes at few positions, and those that have little
+#: backward in the first one, as in ``trainer.model.layers.end_layers``.
+_ONLY_READ = re.compile(r"\.self_attn\.(q_proj|o_proj)\b")
+_READ_HIDDEN = re.compile(r"\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)\b")
 #: The last product of a layer, which is not repeated when the layer is recomputed in backward.
 _LAST = re.compile(r"\b(down_proj|w2|fc2|fc_out|dense_4h_to_h|mlp\.c_proj|output_linear)\b")
 
@@ -64,6 +68,7 @@ class Weight:
             experts.
         last: the product is not repeated when the layer is recomputed.
         mlp: one of the MLP's products.
+        only_read, reads_hidden: products of attention that end layers limit.
         layer: index of its layer; None outside the layers.
     """
 
@@ -74,6 +79,8 @@ class Weight:
     used: float = 0.0
     last: bool = False
     mlp: bool = False
+    only_read: bool = False
+    reads_hidden: bool = False
     layer: int | None = None
 
     @property
@@ -167,6 +174,17 @@ class BaseShape:
         multiplied = sum(weight.used * weight.elements for weight in own)
         return multiplied, multiplied - sum(w.used * w.elements for w in own if w.last)
 
+    @property
+    def only_read(self) -> int:
+        """Elements of the last layer's products of attention that compute only read positions."""
+        return sum(weight.elements for weight in self._layers()[-1] if weight.only_read)
+
+    @property
+    def only_learned(self) -> int:
+        """Elements of the first layer's products without a backward for text; 0 for one layer."""
+        first, *others = self._layers()
+        return sum(weight.elements for weight in first if weight.reads_hidden) if others else 0
+
 
 def read_base_shape(
     headers: Mapping[str, Header],
@@ -254,6 +272,8 @@ class _Reader:
             used=used,
             last=_LAST.search(key) is not None,
             mlp=_MLP.search(key) is not None,
+            only_read=_ONLY_READ.search(key) is not None,
+            reads_hidden=_READ_HIDDEN.search(key) is not None,
             layer=layer,
         )
 

@@ -1,8 +1,8 @@
 """FLOPs, gathered bytes and saved bytes of one step. Imports no torch.
 
 Formulas: a frozen linear layer of P elements takes 2P FLOPs per token forward and 2P for the
-input-gradient; a recomputed one 2P more. The MLP of the last layer computes only the tokens that
-predict a label. A rank receives (s - 1)/s of the bytes that it gathers from a shard group of s
+input-gradient; a recomputed one 2P more. The first and the last layer compute less
+(``trainer.model.layers.end_layers``). A rank receives (s - 1)/s of the bytes that it gathers from a shard group of s
 ranks (ring all-gather).
 """
 
@@ -107,13 +107,24 @@ def step_flops(
     linear = 2 * (2 * base.multiplied + checkpointing * base.recomputed) * tokens
     mlp, mlp_again = base.last_mlp if sizes.limits_last_mlp else (0.0, 0.0)
     linear -= 2 * (2 * mlp + checkpointing * mlp_again) * (tokens - _read(batches))
+    only_read = base.only_read if sizes.limits_ends else 0
+    only_learned = base.only_learned if sizes.limits_ends else 0
+    linear -= 2 * (2 + checkpointing) * only_read * (tokens - _read(batches))
+    linear -= 2 * only_learned * (tokens - sum(batch.learned for batch in batches))
     passes = (1 + checkpointing) * FORWARD_SCORES + BACKWARD_SCORES
     attention = passes * scores * sizes.query_width * sizes.layers
+    limits_scores = sizes.limits_ends and not memory.rows.copied and not sizes.keeps_scores
+    if limits_scores:
+        constant = scores - sum(batch.learned_scores for batch in batches)
+        of_first = BACKWARD_SCORES * constant if sizes.layers > 1 else 0
+        attention -= (passes * _unread_scores(batches) + of_first) * sizes.query_width
     taught = [batch.teacher for batch in batches if batch.teacher is not None]
     taught_tokens = sum(teacher.tokens for teacher in taught)
-    linear += 2 * (base.multiplied * taught_tokens - mlp * (taught_tokens - _read(taught)))
+    unread = taught_tokens - _read(taught)
+    linear += 2 * (base.multiplied * taught_tokens - (mlp + only_read) * unread)
     scores = sum(teacher.scores for teacher in taught)
-    attention += FORWARD_SCORES * scores * sizes.query_width * sizes.layers
+    scores = scores * sizes.layers - (_unread_scores(taught) if limits_scores else 0)
+    attention += FORWARD_SCORES * scores * sizes.query_width
     distilled = sum(batch.distilled for batch in batches)
     products = HEAD_PASSES * (labels - distilled) + DISTILLED_PASSES * distilled
     head = products * 2 * base.vocab_size * base.hidden
@@ -122,6 +133,10 @@ def step_flops(
 
 def _read(batches: Sequence[BatchWork]) -> int:
     return sum(batch.read for batch in batches)
+
+
+def _unread_scores(batches: Sequence[BatchWork]) -> int:
+    return sum(batch.scores - batch.read_scores for batch in batches)
 
 
 def _gathered_layers(base: BaseShape, placement: Placement, micro_batches: int, passes: int) -> int:

@@ -28,7 +28,10 @@ class BatchWork:
         labels: tokens to predict.
         read: distinct positions that predict them.
         ids: distinct token ids, whose embeddings are looked up, ascending.
+        learned: tokens of prompts; the embeddings of all others are constant.
         scores: products of a query with a key, per attention head, padding of buckets included.
+        read_scores: those of the last layer on a CPU: queries before the first label are left out.
+        learned_scores: those in the first layer's backward on a CPU: of prompts' queries or keys.
         distilled: labels that learn from a teacher.
         teacher: the forward pass of the teachers, if any row of the step has one.
     """
@@ -38,6 +41,9 @@ class BatchWork:
     read: int
     ids: NDArray[np.int64]
     scores: int
+    learned: int = 0
+    read_scores: int = 0
+    learned_scores: int = 0
     distilled: int = 0
     teacher: BatchWork | None = None
 
@@ -67,7 +73,7 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
     ids: set[int] = set()
     segments: list[tuple[int, int]] = []  # length, length of what precedes it
     before: dict[object, int] = {None: 0}
-    tokens = read = 0
+    tokens = read = read_scores = learned_scores = 0
     for key in keys:
         own = segment_length(key, lengths.tokens)
         past = 0 if key[0] == NO_PROMPT else lengths.past[key[0]]
@@ -75,14 +81,21 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
         tokens += own
         if own:
             segments.append((own, past))
+            learned_scores += own * (own + past)
             ids |= {*key[2]} if own == len(key[2]) else {0, *key[2]}
+    learned = tokens
     for row in rows:
         tree, ends = row.tree, list[int]()
+        positions = {i for target in tree.targets for i in target.positions if i >= 0}
         for part in tree.segments:
             prefix = before[row.segment_key] if part.parent < 0 else ends[part.parent]
-            segments.append((part.stop - part.start, prefix))
-            ends.append(prefix + part.stop - part.start)
-        read += len({i for target in tree.targets for i in target.positions if i >= 0})
+            length = part.stop - part.start
+            segments.append((length, prefix))
+            ends.append(prefix + length)
+            learned_scores += length * before[row.segment_key]
+            first = min((i for i in positions if part.start <= i < part.stop), default=part.stop)
+            read_scores += (part.stop - first) * (prefix + length)
+        read += len(positions)
         ids.update(tree.token_ids)
         tokens += len(tree.token_ids)
     scores = 0
@@ -94,4 +107,13 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
     read += len(
         {r.segment_key for r in rows if any(i < 0 for t in r.tree.targets for i in t.positions)}
     )
-    return BatchWork(tokens, labels, read, np.array(sorted(ids), np.int64), scores)
+    return BatchWork(
+        tokens,
+        labels,
+        read,
+        np.array(sorted(ids), np.int64),
+        scores,
+        learned,
+        min(scores, read_scores),
+        min(scores, learned_scores),
+    )

@@ -37,8 +37,8 @@ class Family:
             tokens; empty if the model scales both or neither.
         no_prefix_tuning: reason why prefix tuning is not supported; empty if it is supported.
         shared_expert: an MLP of intermediate_size beside the experts, without a setting of its own.
-        limits_last_mlp: see ``LayerSizes``; False if ``trainer.model.layers.last_mlp`` does not
-            apply to the layers.
+        limits_last_mlp, limits_ends: see ``LayerSizes``; False if
+            ``trainer.model.layers.end_layers`` does not apply to the MLP, or to the layers.
         mlp_tensors, norm_inputs, wide_norms, layer_norm, query_norms, keeps_scores: activations
             that a layer saves for backward, see ``trainer.packing.activation_memory.LayerSizes``.
             The defaults describe a gated MLP and norms of the layer, queries and keys; see
@@ -53,6 +53,7 @@ class Family:
     no_prefix_tuning: str = ""
     shared_expert: bool = False
     limits_last_mlp: bool = True
+    limits_ends: bool = True
     mlp_tensors: int = 2
     norm_inputs: int = 2
     wide_norms: bool = False
@@ -81,9 +82,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_PLAIN.split(), Family()),
     **dict.fromkeys(("llama", "mistral", "phi3", "qwen2"), Family(query_norms=False)),
     **dict.fromkeys(_UNGATED, Family(mlp_tensors=1, layer_norm=True)),
-    **dict.fromkeys(
-        ("biogpt", "opt"), Family(limits_last_mlp=False, mlp_tensors=1, layer_norm=True)
-    ),
+    "biogpt": Family(limits_last_mlp=False, mlp_tensors=1, layer_norm=True),
+    "opt": Family(limits_last_mlp=False, limits_ends=False, mlp_tensors=1, layer_norm=True),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), Family(limits_last_mlp=False)),
     **dict.fromkeys(_WIDE, Family(wide_norms=True)),
     **dict.fromkeys(("afmoe", "cohere"), Family(norm_inputs=4, wide_norms=True)),
@@ -348,6 +348,7 @@ def layer_sizes(config: PretrainedConfig) -> LayerSizes:
         recurrent_work=recurrent_work,
         cached_width=_latent_width(config, key_heads) if latent else 0,
         limits_last_mlp=family.packed and family.limits_last_mlp,
+        limits_ends=family.packed and family.limits_ends,
     )
 
 

@@ -61,7 +61,9 @@ class LayerSizes:
         cached_width: elements that the cache of one layer has for a token; 0: a key and a value of
             ``key_width``.
         limits_last_mlp: the last layer's MLP computes only the positions that predict a label
-            (``trainer.model.layers.last_mlp``).
+            (``trainer.model.layers.end_layers``).
+        limits_ends: the same for the last layer's queries, and the first layer's queries, keys and
+            values have a backward for prompts only.
     """
 
     layers: int
@@ -82,6 +84,7 @@ class LayerSizes:
     recurrent_work: int = 0
     cached_width: int = 0
     limits_last_mlp: bool = False
+    limits_ends: bool = False
 
     @property
     def mlp(self) -> int:
@@ -194,7 +197,11 @@ class BatchMemory:
         return self.saved(checkpointing, unread) + self.rows.padding * at_peak
 
     def _last_layer(self, unread: float) -> float:
-        return self.layer() - (unread * self._mlp() if self.sizes.limits_last_mlp else 0)
+        s = self.sizes
+        skipped = self._mlp() if s.limits_last_mlp else 0.0
+        if s.limits_ends and not self.rows.copied and not s.keeps_scores:  # queries and outputs
+            skipped += self.margin * (self.itemsize * 2 * s.query_width + 4 * s.heads)
+        return self.layer() - unread * skipped
 
     def at_work(self, unread: float = 0.0) -> float:
         """Return the bytes of the buffers of one layer, whose MLP skips a share of positions."""

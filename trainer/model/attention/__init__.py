@@ -5,7 +5,8 @@
    transformers' attention interface.
 2. ``bucket_layout``: segments -> ``Buckets`` of similar length; ``bucketed`` attends within them.
    ``indexing`` lays tokens out, also those of padded rows.
-3. ``spans``: segments -> ``Spans``, for kernel calls without padding instead of buckets, on a CPU.
+3. ``spans``: segments -> ``Spans``, for kernel calls without padding instead of buckets, on a CPU,
+   where the first and the last layer compute less.
    ``cpu_kernels``: the kernels, and what is saved for backward.
 4. ``flex``: segments -> ``FlexLayout``, for one FlexAttention kernel instead of buckets.
 5. ``padded``: segments -> ``PaddedRows``, for families that do not support packed rows.

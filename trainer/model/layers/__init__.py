@@ -7,7 +7,8 @@
    ``int8_matmul`` or ``bitsandbytes_matmul``, which ``matmul_selection`` selects at load.
 3. ``fused_ops``: norms, gated activations and rotary embeddings that save little for backward.
    ``compilation`` compiles their loops and those of ``int8_matmul`` where that is faster.
-   ``last_mlp`` skips the positions of the last layer that the head does not read.
+   ``end_layers`` limits the last layer to positions that the head reads, and the backward of the
+   first layer's queries, keys and values to prompts.
 4. ``lm_head``: hidden states [N, H] -> logits, or ``LabelLosses`` computed in slices of the
    vocabulary (``vocab_parallel``): ``fused_cross_entropy``, or ``fused_kl`` for distillation.
 """

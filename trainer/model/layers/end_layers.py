@@ -13,6 +13,7 @@ of its output.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -36,23 +37,28 @@ class EndLayers:
         read_U: distinct positions whose outputs are read; None: all.
         num_learned: number of the first positions, after which all embeddings are constant; None:
             any embedding may have a gradient.
+        readers: number of products of the first layer that share an input.
     """
 
     last: int | None = None
     read_U: Tensor | None = None
     num_learned: int | None = None
-    _halves: tuple[Tensor, ...] = field(default=(), repr=False)
+    readers: int = 0
+    _halves: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     def limit(self, read_U: Tensor | None, num_learned: int | None) -> None:
         """Set the limits of the next pass and its backward."""
-        self.read_U, self.num_learned, self._halves = read_U, num_learned, ()
+        self.read_U, self.num_learned = read_U, num_learned
+        self._halves = []
 
     def halves(self, x_1TH: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions with and without a gradient, the same tensors for the same input."""
-        if not self._halves or self._halves[0] is not x_1TH:
-            n = self.num_learned
-            self._halves = x_1TH, x_1TH[:, :n], x_1TH[:, n:].detach()
-        return self._halves[1], self._halves[2]
+        """The positions with and without a gradient, the same tensors for all readers."""
+        if not self._halves or self._halves[0][0] is not x_1TH:
+            assert self.num_learned is not None
+            n = max(1, self.num_learned)  # all ranks have a backward of the same products
+            self._halves = [(x_1TH, x_1TH[:, :n], x_1TH[:, n:].detach())] * self.readers
+        _, learned, constant = self._halves.pop()
+        return learned, constant
 
 
 class OnlyRead(nn.Module):
@@ -99,20 +105,26 @@ def limit_end_layers(model: nn.Module) -> EndLayers:
     mlp: Any = getattr(layers[-1], "mlp", None)
     if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1:
         _mix(OnlyRead, mlp, ends)
-    for index, kind, names in ((0, OnlyLearned, READ_HIDDEN), (ends.last, OnlyRead, ONLY_READ)):
-        if kind is OnlyLearned and ends.last == 0:
-            continue
-        attention = getattr(layers[index], "self_attn", None)
-        for name in names:
-            product = getattr(attention, name, None)
-            if isinstance(product, FrozenLinear):
-                _mix(kind, product, ends)
+    _limit_products(layers[-1], OnlyRead, ONLY_READ, ends)
+    if len(layers) > 1:
+        ends.readers = _limit_products(layers[0], OnlyLearned, READ_HIDDEN, ends)
     return ends
 
 
+def _limit_products(layer: nn.Module, kind: Any, names: Sequence[str], ends: EndLayers) -> int:
+    """Limit the layer's products with these names; return their number."""
+    attention = getattr(layer, "self_attn", None)
+    products = [getattr(attention, name, None) for name in names]
+    limited = [product for product in products if isinstance(product, FrozenLinear)]
+    for product in limited:
+        _mix(kind, product, ends)
+    return len(limited)
+
+
 def _mix(kind: Any, module: Any, ends: EndLayers) -> None:
+    original: Any = type(module)
     if not isinstance(module, kind):
-        module.__class__ = _mixed(kind, type(module))
+        module.__class__ = _mixed(kind, original)
     module.ends = ends
 
 
