@@ -47,28 +47,6 @@ def test_spans_equal_buckets(kv_heads: int, limit: int | None) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-#: Two positions in a row, with one between them that is not read; in a row; a prompt's last one.
-READ = torch.tensor([4, 12, 14, 20, 90])
-
-
-def test_the_last_layer_attends_from_read_positions() -> None:
-    """All outputs that are read, and gradients of those, are what attending from all gives."""
-    limited = replace(make_layout(ALONE, CPU, READ), last_layer=1)
-    assert limited.last is not None
-    assert limited.last.query_R.tolist() == [4, 12, 13, 14, *range(20, 165)]
-    results = []
-    for layer in (0, 1):  # the same leaves in both
-        query, key, value, *past = leaves = tensors(2)
-        layout = with_past(limited, [torch.cat([x, x], dim=1) for x in past])
-        output = attend(query, key, value, layout, Scores(0.3), layer)
-        assert bool(output[0, 6:12].any()) is (layer == 0), "other layers attend from all positions"
-        read = output[0, READ]
-        upstream = torch.randn(read.shape, generator=torch.Generator().manual_seed(1))
-        results.append([read, *torch.autograd.grad(read, leaves, upstream)])
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_the_first_layer_has_no_gradient_for_text() -> None:
     learned = 8  # both prompts of tokens
     full, limited = (

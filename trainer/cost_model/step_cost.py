@@ -2,8 +2,8 @@
 
 Formulas: a frozen linear layer of P elements takes 2P FLOPs per token forward and 2P for the
 input-gradient; a recomputed one 2P more. The first and the last layer compute less
-(``trainer.model.layers.end_layers``). A rank receives (s - 1)/s of the bytes that it gathers from a shard group of s
-ranks (ring all-gather).
+(``trainer.model.layers.end_layers``). A rank receives (s - 1)/s of the bytes that it gathers from a
+shard group of s ranks (ring all-gather).
 """
 
 from __future__ import annotations
@@ -113,17 +113,17 @@ def step_flops(
     linear -= 2 * only_learned * (tokens - sum(batch.learned for batch in batches))
     passes = (1 + checkpointing) * FORWARD_SCORES + BACKWARD_SCORES
     attention = passes * scores * sizes.query_width * sizes.layers
-    limits_scores = sizes.limits_ends and not memory.rows.copied and not sizes.keeps_scores
-    if limits_scores:
-        constant = scores - sum(batch.learned_scores for batch in batches)
-        of_first = BACKWARD_SCORES * constant if sizes.layers > 1 else 0
-        attention -= (passes * _unread_scores(batches) + of_first) * sizes.query_width
+    if sizes.limits_ends:
+        attention -= passes * _unread_scores(batches) * sizes.query_width
+        if sizes.layers > 1 and not memory.rows.copied and not sizes.keeps_scores:
+            constant = scores - sum(batch.learned_scores for batch in batches)
+            attention -= BACKWARD_SCORES * constant * sizes.query_width
     taught = [batch.teacher for batch in batches if batch.teacher is not None]
     taught_tokens = sum(teacher.tokens for teacher in taught)
     unread = taught_tokens - _read(taught)
     linear += 2 * (base.multiplied * taught_tokens - (mlp + only_read) * unread)
     scores = sum(teacher.scores for teacher in taught)
-    scores = scores * sizes.layers - (_unread_scores(taught) if limits_scores else 0)
+    scores = scores * sizes.layers - (_unread_scores(taught) if sizes.limits_ends else 0)
     attention += FORWARD_SCORES * scores * sizes.query_width
     distilled = sum(batch.distilled for batch in batches)
     products = HEAD_PASSES * (labels - distilled) + DISTILLED_PASSES * distilled

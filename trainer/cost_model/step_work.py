@@ -30,7 +30,7 @@ class BatchWork:
         ids: distinct token ids, whose embeddings are looked up, ascending.
         learned: tokens of prompts; the embeddings of all others are constant.
         scores: products of a query with a key, per attention head, padding of buckets included.
-        read_scores: those of the last layer on a CPU: queries before the first label are left out.
+        read_scores: those of the last layer, whose queries are the positions that predict labels.
         learned_scores: those in the first layer's backward on a CPU: of prompts' queries or keys.
         distilled: labels that learn from a teacher.
         teacher: the forward pass of the teachers, if any row of the step has one.
@@ -71,7 +71,8 @@ def _with_teacher(work: BatchWork, rows: Sequence[PackedRow]) -> BatchWork:
 def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
     keys = {row.segment_key for row in rows if row.segment_key is not None}
     ids: set[int] = set()
-    segments: list[tuple[int, int]] = []  # length, length of what precedes it
+    # length, length of what precedes it, positions that predict labels
+    segments: list[tuple[int, int, int]] = []
     before: dict[object, int] = {None: 0}
     tokens = read = read_scores = learned_scores = 0
     for key in keys:
@@ -80,7 +81,7 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
         before[key] = past + own
         tokens += own
         if own:
-            segments.append((own, past))
+            segments.append((own, past, 0))
             learned_scores += own * (own + past)
             ids |= {*key[2]} if own == len(key[2]) else {0, *key[2]}
     learned = tokens
@@ -90,18 +91,20 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
         for part in tree.segments:
             prefix = before[row.segment_key] if part.parent < 0 else ends[part.parent]
             length = part.stop - part.start
-            segments.append((length, prefix))
+            predicting = sum(part.start <= i < part.stop for i in positions)
+            segments.append((length, prefix, predicting))
             ends.append(prefix + length)
             learned_scores += length * before[row.segment_key]
-            first = min((i for i in positions if part.start <= i < part.stop), default=part.stop)
-            read_scores += (part.stop - first) * (prefix + length)
         read += len(positions)
         ids.update(tree.token_ids)
         tokens += len(tree.token_ids)
     scores = 0
     for group in group_by_length(segments, lambda segment: segment[0]):
         longest = group[0][0]
-        scores += len(group) * longest * (longest + max(prefix for _, prefix in group))
+        num_keys = longest + max(prefix for _, prefix, _ in group)
+        scores += len(group) * longest * num_keys
+        counts = [predicting for *_, predicting in group if predicting]
+        read_scores += len(counts) * max(counts, default=0) * num_keys
     labels = sum(len(target.labels) for row in rows for target in row.tree.targets)
     # Rows without text before their label are predicted from the last position of their prompt.
     read += len(
@@ -114,6 +117,6 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
         np.array(sorted(ids), np.int64),
         scores,
         learned,
-        min(scores, read_scores),
+        read_scores,
         min(scores, learned_scores),
     )

@@ -155,16 +155,22 @@ class BatchMemory:
         return self.margin * (item * s.mlp_tensors * s.mlp + routed)
 
     def _attention(self) -> float:
-        s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
+        s, item = self.sizes, self.itemsize
         if not self.rows.copied and not s.keeps_scores:
-            return item * 2 * (s.query_width + s.key_width) + 4 * s.heads  # and log-sum-exp
+            return item * 2 * s.key_width + self._queries()
         # Every row of a bucket has a copy of the keys and values of its prompt, not of the queries.
-        queries = 2 * BUCKET_PADDING * s.query_width
-        # Keys and values are repeated for each query head.
-        gathered = 2 * s.query_width * self.rows.keys_per_token
-        if not s.keeps_scores:
-            return item * (queries + gathered + keys) + 4 * s.heads  # mask and log-sum-exp
-        return item * (queries + gathered) + keys * (s.heads * (item + 4 + item % 4) + 1)
+        # They are repeated for each query head.
+        return item * 2 * s.query_width * self.rows.keys_per_token + self._queries()
+
+    def _queries(self) -> float:
+        """Bytes of the queries, their outputs, and what belongs to a query and its keys."""
+        s, keys, item = self.sizes, self.rows.keys_per_query, self.itemsize
+        if s.keeps_scores:
+            of_keys = keys * (s.heads * (item + 4 + item % 4) + 1)
+        else:  # mask and log-sum-exp
+            of_keys = item * keys * self.rows.copied + 4 * s.heads
+        padding = BUCKET_PADDING if self.rows.copied or s.keeps_scores else 1.0
+        return item * 2 * padding * s.query_width + of_keys
 
     def saved(self, checkpointing: bool, unread: float = 0.0) -> float:
         """Return the bytes that the whole model saves from forward to backward.
@@ -199,8 +205,8 @@ class BatchMemory:
     def _last_layer(self, unread: float) -> float:
         s = self.sizes
         skipped = self._mlp() if s.limits_last_mlp else 0.0
-        if s.limits_ends and not self.rows.copied and not s.keeps_scores:  # queries and outputs
-            skipped += self.margin * (self.itemsize * 2 * s.query_width + 4 * s.heads)
+        if s.limits_ends:
+            skipped += self.margin * self._queries()
         return self.layer() - unread * skipped
 
     def at_work(self, unread: float = 0.0) -> float:

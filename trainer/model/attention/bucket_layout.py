@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.packing.length_groups import group_by_length
-from trainer.packing.packed_batch import Segment, map_tensors
+from trainer.packing.packed_batch import Segment
 
 #: Kernels of GPUs require rows of a bias to start at multiples of this many elements.
 BIAS_ALIGNMENT = 8
@@ -127,11 +127,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Buckets:
-    """All segments of a packed batch.
+    """All segments of a packed batch, or those with queries that are read.
 
     Attributes:
         each: longest segments first.
-        restore_T: index of each token in the concatenated outputs of all buckets.
+        restore_T: index of each token, or each query, in the concatenated outputs of all buckets.
     """
 
     each: tuple[Bucket, ...]
@@ -142,24 +142,52 @@ class Buckets:
         return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in of_buckets])[self.restore_T]
 
 
-def make_buckets(segments: Sequence[Segment], device: torch.device) -> Buckets:
-    """Group segments of similar length."""
+def make_buckets(segments: Sequence[Segment]) -> Buckets:
+    """Group segments of similar length, on the CPU."""
     alone = [[segment] for segment in segments if not segment.sibling]
     groups = group_by_length(alone, _run_length)
     groups += group_by_length(
         _sibling_runs(segments), lambda r: r[0].prefix_length + _run_length(r)
     )
-    buckets = tuple(_bucket(group) for group in groups)
+    return _with_order([_bucket(group) for group in groups], sum(s.length for s in segments))
 
-    restore_T = torch.empty(sum(segment.length for segment in segments), dtype=torch.long)
+
+def limit_queries(buckets: Buckets, read_U: Tensor) -> Buckets:
+    """Keep the queries of these ascending positions, which are numbered in this order."""
+    number_T = torch.full((len(buckets.restore_T),), -1)
+    number_T[read_U] = torch.arange(len(read_U))
+    limited = [_limited(bucket, number_T) for bucket in buckets.each]
+    return _with_order([bucket for bucket in limited if len(bucket.query_SQ)], len(read_U))
+
+
+def _limited(bucket: Bucket, number_T: Tensor) -> Bucket:
+    """Keep the queries with a number of 0 or more, and the segments that have some."""
+    number_SQ = number_T[bucket.query_SQ].masked_fill(bucket.padding_SQ, -1)
+    count_S = (number_SQ >= 0).sum(1)
+    column_SQ = (number_SQ < 0).to(torch.uint8).sort(dim=1, stable=True).indices
+    column_SQ = column_SQ[:, : int(count_S.max())]
+    padding_SQ = torch.arange(column_SQ.shape[1]) >= count_S[:, None]
+    column_SQ = torch.where(padding_SQ, column_SQ[:, :1], column_SQ)
+    kept = count_S > 0
+    at = column_SQ[:, None, :, None].expand(-1, 1, -1, bucket.mask.shape[-1])
+    return Bucket(
+        query_SQ=number_SQ.gather(1, column_SQ)[kept],
+        padding_SQ=padding_SQ[kept],
+        key_SK=bucket.key_SK[kept],
+        query_position_SQ=bucket.query_position_SQ.gather(1, column_SQ)[kept],
+        key_position_SK=bucket.key_position_SK[kept],
+        mask=bucket.mask.gather(2, at)[kept],
+    )
+
+
+def _with_order(buckets: Sequence[Bucket], num_queries: int) -> Buckets:
+    restore_T = torch.empty(num_queries, dtype=torch.long)
     offset = 0
     for bucket in buckets:
         places = torch.arange(bucket.query_SQ.numel()).view_as(bucket.query_SQ) + offset
         restore_T[bucket.query_SQ[~bucket.padding_SQ]] = places[~bucket.padding_SQ]
         offset += bucket.query_SQ.numel()
-    return map_tensors(
-        Buckets(buckets, restore_T), lambda tensor: tensor.to(device, non_blocking=True)
-    )
+    return Buckets(tuple(buckets), restore_T)
 
 
 def _sibling_runs(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -23,24 +23,30 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from trainer.model.attention.bucket_layout import Buckets, Scores, make_buckets
+from trainer.model.attention.bucket_layout import Buckets, Scores, limit_queries, make_buckets
 from trainer.model.attention.bucketed import attend_in_buckets
 from trainer.model.attention.cpu_kernels import KernelCalls, attend_on_cpu
 from trainer.model.attention.flex import FlexLayout, make_flex_layout
-from trainer.model.attention.spans import (
-    LearnedSpans,
-    ReadSpans,
-    Spans,
-    learned_spans,
-    make_read_spans,
-    make_spans,
-)
-from trainer.packing.packed_batch import PackedBatch, Segment
+from trainer.model.attention.spans import LearnedSpans, Spans, learned_spans, make_spans
+from trainer.packing.packed_batch import PackedBatch, Segment, map_tensors
 from trainer.runtime.errors import BadInput
 
 PACKED = "promptshard_packed"
 #: Called in every layer with query [A, T, D], key [heads, U, D], parameters and index of the layer.
 Observer = Callable[[Tensor, Tensor, Scores, int], None]
+
+
+@dataclass(frozen=True)
+class ReadQueries:
+    """Queries of a layer whose other outputs are not read.
+
+    Attributes:
+        read_U: their positions.
+        buckets: with only these queries.
+    """
+
+    read_U: Tensor
+    buckets: Buckets
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,9 @@ class Layout:
         past: per layer, keys and values [P, 2, A, D] that follow those of the tokens; may be empty.
         spans: used in place of the buckets by layers that they suit, if the model is on a CPU; the
             layout is often made on a CPU for a model on a GPU.
-        first, last: spans of the first and the last layer, which compute less
+        first: spans of the first layer, on a CPU; both ends compute less
             (``trainer.model.layers.end_layers``).
+        last: queries of the last layer, unless it uses FlexAttention.
         last_layer: index of the last layer; None: all layers compute everything.
         flex: layout for FlexAttention; None: use the buckets.
         observer: measures attention, for ``promptshard inspect``.
@@ -61,7 +68,7 @@ class Layout:
     buckets: Buckets
     spans: Spans | None = None
     first: LearnedSpans | None = None
-    last: ReadSpans | None = None
+    last: ReadQueries | None = None
     last_layer: int | None = None
     past: tuple[Tensor, ...] = ()
     flex: FlexLayout | None = None
@@ -80,12 +87,12 @@ def make_layout(
         read_U: positions of the last layer's outputs that are read, ascending; None: all.
         num_learned: number of the first tokens, after which no embedding has a gradient; None: any.
     """
+    buckets = make_buckets(segments)
+    last = None if read_U is None else ReadQueries(read_U, limit_queries(buckets, read_U))
     spans = make_spans(segments) if device.type == "cpu" else None
-    first = last = None
-    if spans is not None:
-        first = None if num_learned is None else learned_spans(spans, num_learned)
-        last = None if read_U is None else make_read_spans(segments, read_U)
-    return Layout(make_buckets(segments, device), spans, first, last)
+    first = None if spans is None or num_learned is None else learned_spans(spans, num_learned)
+    layout = Layout(buckets, spans, first, last)
+    return map_tensors(layout, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def batch_layout(batch: PackedBatch, device: torch.device) -> Layout:
@@ -128,12 +135,15 @@ def attend(
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
+    if layout.last is not None and layer == layout.last_layer:
+        read_U = layout.last.read_U
+        output_UAD = attend_in_buckets(
+            query_TAD[read_U], key_UAD, value_UAD, layout.last.buckets, scores
+        )
+        output_TAD = output_UAD.new_zeros(len(query_TAD), *output_UAD.shape[1:])
+        return output_TAD.index_copy(0, read_U, output_UAD)[None]
     spans = layout.spans if query.is_cpu else None
     if spans is not None and spans.suits(scores) and query.shape[-1] == value.shape[-1]:
-        if layout.last is not None and layer == layout.last_layer:
-            query_R, spans = layout.last.query_R, layout.last.spans
-            output_RAD = attend_on_cpu(query_TAD[query_R], key_UAD, value_UAD, spans, scores)
-            return torch.zeros_like(query_TAD).index_copy(0, query_R, output_RAD)[None]
         calls: KernelCalls = spans
         if layout.first is not None and layout.last_layer is not None and layer == 0:
             calls = layout.first

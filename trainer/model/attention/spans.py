@@ -27,13 +27,12 @@ class Spans:
     """Which tokens of a packed batch attend to which; ``KernelCalls`` for layers that they suit.
 
     Attributes:
-        own: (queries, keys): segments that attend causally to themselves, in the order of their
-            queries.
+        own: segments that attend causally to themselves, in the order of their tokens.
         shared: (queries, keys): consecutive segments, and a prefix that all of them attend to.
         longest: largest number of keys of a query.
     """
 
-    own: tuple[tuple[Segment, Segment], ...]
+    own: tuple[Segment, ...]
     shared: tuple[tuple[Segment, Segment], ...]
     longest: int
 
@@ -58,7 +57,7 @@ class Spans:
             )
             return output_1AQD[0].transpose(0, 1), sum_1AQ[0].T
 
-        results = [attended(queries, keys, True) for queries, keys in self.own]
+        results = [attended(segment, segment, True) for segment in self.own]
         output_TAD, sum_TA = (torch.cat(parts) for parts in zip(*results, strict=True))
         for queries, keys in self.shared:
             at = slice(queries.start, queries.end)
@@ -76,8 +75,9 @@ class Spans:
         scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``KernelCalls.backward``: the sum of the gradients of all calls."""
+        everywhere = sum(segment.length for segment in self.own) == len(query_TAD)
         of_query_TAD, of_key_UAD, of_value_UAD = map(
-            torch.zeros_like, (query_TAD, key_UAD, value_UAD)
+            torch.empty_like if everywhere else torch.zeros_like, (query_TAD, key_UAD, value_UAD)
         )
 
         def gradients(queries: Segment, keys: Segment, causal: bool) -> list[Tensor]:
@@ -94,11 +94,11 @@ class Spans:
             )
             return [of_1AnD[0].transpose(0, 1) for of_1AnD in of_each]
 
-        for queries, keys in self.own:
-            at, keys_at = slice(queries.start, queries.end), slice(keys.start, keys.end)
-            of_query_TAD[at], of_key_UAD[keys_at], of_value_UAD[keys_at] = gradients(
-                queries, keys, True
-            )
+        for segment in self.own:
+            at = slice(segment.start, segment.end)
+            of_query_TAD[at], of_key_UAD[at], of_value_UAD[at] = gradients(segment, segment, True)
+        for of_past_UAD in (of_key_UAD, of_value_UAD):
+            of_past_UAD[len(query_TAD) :] = 0
         for queries, keys in self.shared:
             of_query_QAD, of_key_KAD, of_value_KAD = gradients(queries, keys, False)
             of_query_TAD[queries.start : queries.end] += of_query_QAD
@@ -128,72 +128,34 @@ class LearnedSpans:
         return self.learned.backward(*inputs)
 
 
-@dataclass(frozen=True)
-class ReadSpans:
-    """Spans of a layer of which only some outputs are read.
-
-    Attributes:
-        query_R: positions of the queries: of each segment, the first that is read and all after it.
-        spans: whose queries are these.
-    """
-
-    query_R: Tensor
-    spans: Spans
-
-
 def make_spans(segments: Sequence[Segment]) -> Spans | None:
     """Spans of a packed batch; None with siblings, which are too short for a call each."""
     if any(segment.sibling for segment in segments):
         return None
-    return _spans([(segment, segment.start, segment) for segment in segments])
+    shared: dict[Segment, list[Segment]] = {}  # of each prefix, the consecutive queries
+    for segment in segments:
+        for prefix in segment.prefixes:
+            queries = shared.setdefault(prefix, [])
+            start = segment.start
+            if queries and queries[-1].end == start:
+                start = queries.pop().start
+            queries.append(Segment(start, segment.end - start))
+    longest = max(segment.prefix_length + segment.length for segment in segments)
+    pairs = ((q, prefix) for prefix, queries in shared.items() for q in queries)
+    return Spans(tuple(segments), tuple(pairs), longest)
 
 
 def learned_spans(spans: Spans, num_learned: int) -> LearnedSpans:
     """Leave out the gradients of tokens after the first ``num_learned``."""
-    num_tokens = spans.own[-1][0].end
+    num_tokens = spans.own[-1].end
 
-    def needed(pair: tuple[Segment, Segment]) -> bool:
-        queries, keys = pair
+    def needed(queries: Segment, keys: Segment) -> bool:
         constant = num_learned <= keys.start < num_tokens  # after the tokens are learned keys
         return queries.start < num_learned or not constant
 
-    own, shared = (tuple(filter(needed, pairs)) for pairs in (spans.own, spans.shared))
+    own = tuple(segment for segment in spans.own if needed(segment, segment))
+    shared = tuple(pair for pair in spans.shared if needed(*pair))
     return LearnedSpans(spans, replace(spans, own=own, shared=shared))
-
-
-def make_read_spans(segments: Sequence[Segment], read_U: Tensor) -> ReadSpans | None:
-    """``make_spans`` of the queries at these ascending positions; None with siblings."""
-    if any(segment.sibling for segment in segments):
-        return None
-    starts_S = torch.tensor([segment.start for segment in segments])
-    index_U = torch.searchsorted(starts_S, read_U, right=True) - 1
-    first = dict(zip(reversed(index_U.tolist()), reversed(read_U.tolist()), strict=True))
-    computed, parts, count = [], [], 0
-    for index, position in sorted(first.items()):
-        segment = segments[index]
-        queries = Segment(count, segment.end - position)
-        computed.append((queries, position, segment))
-        parts.append(torch.arange(position, segment.end))
-        count += queries.length
-    return ReadSpans(torch.cat(parts), _spans(computed))
-
-
-def _spans(computed: Sequence[tuple[Segment, int, Segment]]) -> Spans:
-    """Spans of (queries, position of the first one, their segment), in the order of queries."""
-    own = []
-    shared: dict[Segment, list[Segment]] = {}  # of each prefix, the consecutive queries
-    for queries, position, segment in computed:
-        own.append((queries, Segment(position, queries.length)))
-        earlier = Segment(segment.start, position - segment.start)
-        for prefix in (*segment.prefixes, *([earlier] if earlier.length else [])):
-            runs = shared.setdefault(prefix, [])
-            start = queries.start
-            if runs and runs[-1].end == start:
-                start = runs.pop().start
-            runs.append(Segment(start, queries.end - start))
-    longest = max(segment.prefix_length + segment.length for _, _, segment in computed)
-    pairs = ((q, prefix) for prefix, runs in shared.items() for q in runs)
-    return Spans(tuple(own), tuple(pairs), longest)
 
 
 def _at(segment: Segment, x_TAD: Tensor) -> Tensor:
