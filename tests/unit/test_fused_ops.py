@@ -17,7 +17,7 @@ from transformers.models.phi.modeling_phi import PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from tests.family_bases import CASES, family_config
-from trainer.model.layers import compilation
+from trainer.model.layers import compilation, fused_ops
 from trainer.model.layers.fused_ops import (
     FusedModule,
     compile_fused_operations,
@@ -138,6 +138,19 @@ def test_classes_of_transformers_are_not_changed() -> None:
     fuse_operations(modeling_llama.LlamaAttention(LlamaConfig(**SIZES), 0))
     after = modeling_llama.LlamaAttention.forward, modeling_llama.apply_rotary_pos_emb
     assert after == before
+
+
+def test_functions_that_became_modules_are_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers makes them where the package ``kernels`` is installed."""
+
+    class Func(nn.Module):
+        forward = staticmethod(modeling_llama.apply_rotary_pos_emb)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", Func())
+    monkeypatch.setattr(fused_ops, "apply_rotary_pos_emb", Func())
+    attention = modeling_llama.LlamaAttention(LlamaConfig(**SIZES), 0)
+    fuse_operations(attention)
+    assert fused_counts(attention) == {"rotary attention": 1}
 
 
 def test_unknown_modules_are_not_changed() -> None:

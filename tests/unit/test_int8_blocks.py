@@ -147,6 +147,20 @@ def test_another_input_is_not_taken_for_the_same() -> None:
     assert not torch.equal(k, attention.k_proj(one))
 
 
+@pytest.mark.parametrize("num_inputs", [1, 2])
+def test_products_left_when_memory_ran_out_are_dropped(num_inputs: int) -> None:
+    attention: Any = with_int8_layers(LlamaAttention(LlamaConfig(**SIZES), 0))
+    use_matmul(attention, "int8", 0.0)
+    shared = attention.q_proj.product.func.__self__
+    inputs = [torch.randn(1, TOKENS, HIDDEN) for _ in range(3)]
+    attention.q_proj(inputs[0])
+    assert len(shared._pending) == 1
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        for x in inputs[1 : 1 + num_inputs]:
+            layer(x)
+    assert not shared._pending
+
+
 def test_the_product_of_fused_layers_can_be_changed() -> None:
     """As ``promptshard inspect`` does after loading."""
 

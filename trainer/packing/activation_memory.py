@@ -100,12 +100,14 @@ class RowSizes:
         keys_per_token: keys gathered per token: its own, and its share of the row's prompt.
         keys_per_query: keys with which each query is compared.
         copied: attention saves the tensors of its buckets, not only the packed ones.
+        own_masks: every layer saves a mask of its own, as for padded rows.
         padding: computed tokens per token of a packed batch; above 1 if rows are padded.
     """
 
     keys_per_token: float = 1.0
     keys_per_query: float = 0.0
     copied: bool = True
+    own_masks: bool = False
     padding: float = 1.0
 
 
@@ -118,7 +120,8 @@ def row_sizes(
         return RowSizes()
     if not packed:
         longest = max(lengths) + num_virtual
-        return RowSizes(1.0, longest, padding=longest * len(lengths) / total)
+        padding = longest * len(lengths) / total
+        return RowSizes(1.0, longest, own_masks=True, padding=padding)
     keys_per_query = sum(n * (n * BUCKET_PADDING + num_virtual) for n in lengths) / total
     keys_per_token = BUCKET_PADDING + num_virtual * len(lengths) / total
     return RowSizes(keys_per_token, keys_per_query, copied)
@@ -168,7 +171,7 @@ class BatchMemory:
         if s.keeps_scores:
             of_keys = keys * (s.heads * (item + 4 + item % 4) + 1)
         else:  # mask and log-sum-exp
-            of_keys = item * keys * self.rows.copied + 4 * s.heads
+            of_keys = item * keys * self.rows.own_masks + 4 * s.heads
         padding = BUCKET_PADDING if self.rows.copied or s.keeps_scores else 1.0
         return item * 2 * padding * s.query_width + of_keys
 
@@ -182,8 +185,10 @@ class BatchMemory:
         layer = s.hidden * self.itemsize if checkpointing else self.layer()
         last = layer if checkpointing else self._last_layer(unread)
         # The norm after the layers, gradients at labels (of one token in 8), rotary embeddings,
-        # indices of buckets.
+        # indices of buckets, and their mask, which layers share.
         ends = 4 * (1.125 * s.hidden + 2 * s.query_width / s.heads) + 32
+        if self.rows.copied and not (self.rows.own_masks or s.keeps_scores):
+            ends += self.itemsize * self.rows.keys_per_query
         return self.rows.padding * ((s.layers - 1) * layer + last + ends)
 
     def peak(self, checkpointing: bool, unread: float = 0.0) -> float:

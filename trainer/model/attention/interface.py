@@ -88,7 +88,10 @@ def make_layout(
         num_learned: number of the first tokens, after which no embedding has a gradient; None: any.
     """
     buckets = make_buckets(segments)
-    last = None if read_U is None else ReadQueries(read_U, limit_queries(buckets, read_U))
+    last = None
+    if read_U is not None:
+        read_U = read_U.cpu()
+        last = ReadQueries(read_U, limit_queries(buckets, read_U))
     spans = make_spans(segments) if device.type == "cpu" else None
     first = None if spans is None or num_learned is None else learned_spans(spans, num_learned)
     layout = Layout(buckets, spans, first, last)

@@ -45,6 +45,8 @@ from trainer.model.layers.linear import FrozenLinear
 #: Layers of a gated MLP, and those of an attention whose input is the same.
 MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 QKV_LAYERS = ("q_proj", "k_proj", "v_proj")
+#: The global function that attention calls.
+ROTATION = "apply_rotary_pos_emb"
 
 
 def _loop(function: Callable[..., Any], compiled: bool, x: Tensor) -> Callable[..., Any]:
@@ -341,7 +343,7 @@ def _with_fused_rotation(original: Any, compiled: bool) -> Callable[..., Any]:
     rotation = partial(_apply_rotation, compiled=compiled)
     fused = types.FunctionType(
         forward.__code__,
-        {**forward.__globals__, apply_rotary_pos_emb.__name__: rotation},
+        {**forward.__globals__, ROTATION: rotation},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -354,9 +356,9 @@ def _rotates_like_llama(attention: type[nn.Module]) -> bool:
     forward = inspect.unwrap(attention.forward)
     names = getattr(forward, "__globals__", {})
     used = getattr(getattr(forward, "__code__", None), "co_names", ())
-    return apply_rotary_pos_emb.__name__ in used and all(
-        _code(names.get(known.__name__)) == _code(known)
-        for known in (apply_rotary_pos_emb, rotate_half)
+    known = {ROTATION: apply_rotary_pos_emb, "rotate_half": rotate_half}
+    return ROTATION in used and all(
+        _code(names.get(name)) == _code(function) for name, function in known.items()
     )
 
 
@@ -366,7 +368,12 @@ def _same_code(one: type[nn.Module], other: type[nn.Module], method: str) -> boo
 
 @cache
 def _code(function: Any) -> object:
-    """Instructions and default arguments of a function; equal for copies, apart from docstrings."""
+    """Instructions and default arguments of a function; equal for copies, apart from docstrings.
+
+    With the package ``kernels``, transformers turns some functions into modules.
+    """
+    if isinstance(function, nn.Module):
+        function = type(function).forward
     function = inspect.unwrap(function) if callable(function) else function
     code = getattr(function, "__code__", None)
     if code is None:

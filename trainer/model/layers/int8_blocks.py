@@ -72,8 +72,9 @@ class SharedInput:
             pending = x, dict(enumerate(products))
             self._pending = [*self._pending[-1:], pending]
         y = pending[1].pop(index)
-        if not pending[1]:
-            self._pending = [other for other in self._pending if other is not pending]
+        if not pending[1]:  # an earlier one was left when memory ran out
+            place = next(i for i, other in enumerate(self._pending) if other is pending)
+            self._pending = self._pending[place + 1 :]
         return y
 
 
