@@ -167,9 +167,7 @@ class Player:
                             str(self._folder),
                         ],
                         cwd=ROOT,
-                        env=cpu_environment(os.environ)
-                        | shared
-                        | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )
