@@ -93,12 +93,7 @@ def parse(
     Raises:
         YamlError: with every problem, or only the first one if parsing cannot continue.
     """
-    if len(text) > MAX_BYTES:
-        raise YamlError([(path, None, f"is longer than {MAX_BYTES:,} characters")])
-    if bad := re.search("[\ud800-\udfff]", text):
-        line = text.count("\n", 0, bad.start()) + 1
-        raise YamlError([(path, line, f"holds half a character, {bad[0]!a}")])
-    return _resolve(_compose(text), path, is_text)
+    return _resolve(_compose(text, path), path, is_text)
 
 
 def parse_argument(
@@ -111,15 +106,13 @@ def parse_argument(
     A text without quotes is the whole argument: `` #`` begins no comment in it, and its line breaks
     are kept. Raises ``YamlError`` for a comment after another value.
     """
-    document = parse(text, path, is_text)
-    root = _compose(text)
+    root = _compose(text, path)
     if root.plain:
         root.text = text.strip()
-        return _resolve(root, path, is_text)
-    if (rest := text[root.end :].strip()).startswith("#"):
+    elif (rest := text[root.end :].strip()).startswith("#"):
         quoted = "put the whole value in quotes, or remove the comment"
         raise YamlError([(path, None, f"{shown(rest)} is a comment in YAML; {quoted}")])
-    return document
+    return _resolve(root, path, is_text)
 
 
 def _resolve(root: _Node, path: SettingPath, is_text: Callable[[SettingPath], bool]) -> Document:
@@ -157,8 +150,13 @@ class _Node:
     open: bool = field(default=True, repr=False)
 
 
-def _compose(text: str) -> _Node:
+def _compose(text: str, path: SettingPath) -> _Node:
     """Parse a text to nodes, event by event: deep nesting causes no deep recursion."""
+    if len(text) > MAX_BYTES:
+        raise YamlError([(path, None, f"is longer than {MAX_BYTES:,} characters")])
+    if bad := re.search("[\ud800-\udfff]", text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise YamlError([(path, line, f"holds half a character, {bad[0]!a}")])
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         return _tree(yaml.parse(text, Loader=loader))
