@@ -145,30 +145,20 @@ def read_sample(train: WrittenSource) -> Sample:
 
 
 def _note(file: DataFile) -> str:
-    """Return a note about how a file is read; raises ``BadInput`` if its header is likely a row."""
+    """Return a note about how a file is read; raises ``BadInput`` for spaces after separators."""
     from trainer.data.text_readers import format_of
 
     if file.table is None and format_of(file.files[0]) == ".txt":
         return f"{file.name}: each line is a row"
     names = [] if file.table is not None else file.header() or []
-    if spaced := next((name for name in names if name.strip() and name != name.strip()), None):
+    if spaced := next((name for name in names if name.strip() and name[0] == " "), None):
         raise BadInput(
-            f"--train: {file.name}: the name of column {spaced!r} begins or ends with a space; "
+            f"--train: {file.name}: the name of column {spaced!r} begins with a space; "
             "remove spaces around separators, as pandas.read_csv(FILE, skipinitialspace=True)"
             ".to_csv(NEW_FILE, index=False) does, or rename the column"
         )
-    reason, is_likely = file.missing_header()
-    if not reason:
-        return ""
-    if is_likely:
-        raise BadInput(
-            f"--train: {file.name}:1: the first line must name the columns, but seems to be a row: "
-            f"{reason}; add a line with {len(file.readable())} column names before it"
-        )
-    return (
-        f"{file.name}:1: the first line is read as column names, but {reason}; if it is a row, add "
-        "a line with column names before it, and write the run file again"
-    )
+    note = file.note_of_header()
+    return f"{file.name}:1: {note}, and write the run file again" if note else ""
 
 
 def escape(source: WrittenSource) -> WrittenSource:

@@ -575,29 +575,32 @@ def test_csv_mistakes(tmp_path):
     assert len(load_rows(long, task())[0]["text"]) == 200_000
 
 
-QUOTES = {
-    "tsv": ("d.tsv", 'label\ttext\na\t"I hate\nb\tit\na\tMovie 12"\nb\tok\na\tno\n', "text", 4),
-    "tsv, two rows": ("d.tsv", 'text\tlabel\n"I hate\ta\r\n12"\tb\r\nc\ta\r\n', "text", 3),
-    "tsv, no labels": ("d.tsv", 'text\tlabel\n"0\tA\n1\tB\n2\tC\n3\tD\n12"\tE\n', "text", 6),
-    "csv": ("d.csv", 'text,label\ngood,a\n"bad,b\nyes,a\n12",b\nx,b\n', "text", 5),
-    "csv, many": ("d.csv", "text,label\n" + '"bad,b\n' + "x,y\n" * 99 + '12",b\n', "text", 102),
-    "csv, open": ("d.csv", 'text,label\n"so, good,a\nyes,b\n12"",b\n', None, 0),
-}
-
-
-@pytest.mark.parametrize(("name", "text", "column", "last"), QUOTES.values(), ids=QUOTES)
-def test_rows_inside_quotes_are_refused(name, text, column, last, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "column"),
+    [
+        ("d.csv", "text,label\n" + '"bad,b\n' + "x,y\n" * 99 + '12",b\n', "text"),
+        ("d.csv", "label,text\n" + 'b,"bad\n' + "x,y\n" * 99 + 'b,12"\n', "text"),
+        ("d.tsv", "text\tlabel\n" + '"bad\tb\r\n' + "x\ty\r\n" * 99 + '12"\tb\r\n', "text"),
+        ("d.tsv", "a\ttext\tb\n" + '1\t"bad\t2\n' + "x\ty\tz\n" * 99 + '1\t12"\tb\n', "text"),
+    ],
+)
+def test_many_rows_inside_quotes_are_refused(name, text, column, tmp_path):
     message = problem(write(tmp_path, name, text))
-    if column is None:
-        assert message.startswith(f'{name}:2: not valid csv: a quote (") is opened but not closed')
-        return
-    row = 2 if "good" in text else 1
     assert message.startswith(
-        f"{name}: row {row} (line {row + 1}): {column}: begins with a quote and ends in line "
-        f"{last}; the lines between look like rows: "
+        f"{name}: row 1 (line 2): {column}: begins with a quote and ends in line 102; the lines "
+        "between look like rows: "
     )
     remedy = "quoting=3).to_json(" if name == "d.tsv" else 'write "" for a quote'
     assert remedy in message
+
+
+def test_a_quote_that_is_not_closed_is_refused(tmp_path):
+    text = 'text,label\n"so, good,a\nyes,b\n12"",b\n'
+    message = problem(write(tmp_path, "d.csv", text))
+    assert message.startswith('d.csv:2: not valid csv: a quote (") is opened but not closed')
+
+
+POEM = "".join(f"line {i}, of many\n" for i in range(200))
 
 
 @pytest.mark.parametrize(
@@ -605,15 +608,18 @@ def test_rows_inside_quotes_are_refused(name, text, column, last, tmp_path):
     [
         ("d.csv", 'text,label\n"Dear Bob,\nthanks",a\nx,b\n'),
         ("d.csv", 'text,label\n"so,a\nthanks",a\nx,b\n'),
-        ("d.csv", 'text,label\n"1,5\n2,5\nyes",a\n"3,5\n2",b\n'),
-        ("d.csv", 'text,label\n"a\nb\n' + "c\n" * 200 + '",a\nx,b\n'),
+        ("d.csv", 'text,label\n"1,5\n2,5\n3,5\nyes",5\n"3,5\n2",b\n'),
+        ("d.csv", f'text,label\n"{POEM}",a\nx,b\n'),
+        ("d.csv", f'label,text\na,"{POEM}"\nb,x\n'),
+        ("d.csv", 'text\n"a\nb\n' + "c\n" * 200 + 'd"\nx\n'),
         ("d.tsv", 'label\ttext\na\t"def f():\n\treturn 1\n"\nb\t"def f():\n\treturn 1"\n'),
         ("d.tsv", 'text\tlabel\n"Name\tAge\nBob\t5\nEve"\ta\nx\tb\n'),
         ("d.tsv", 'label\ttext\na\t"one\n\ntwo"\nb\tHe said "no"\n'),
     ],
 )
 def test_texts_of_several_lines_are_read(name, text, tmp_path):
-    assert len(load_rows(write(tmp_path, name, text), task())) == 2
+    settings = {} if "label" in text else {"target": " {text}"}
+    assert len(load_rows(write(tmp_path, name, text), task(**settings))) == 2
 
 
 def test_a_tsv_with_plain_quotes_names_the_remedy(tmp_path):

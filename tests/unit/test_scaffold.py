@@ -286,49 +286,45 @@ def test_init_leaves_out_blank_labels_and_names_similar_ones(tmp_path, monkeypat
 
 
 HEADERS = {
-    "label": ("I loved it,pos\n" + "I hated it,neg\nok,pos\n" * 4, "'pos' is also a label", True),
+    "label": ("I loved it,pos\n" + "I hated it,neg\nok,pos\n" * 4, "'pos' is also a label in its"),
     "number": (
-        "that was the best one ever,1.5\n"
-        + "this was not good at all,2\nit went on and on and on,1\n",
+        "that was the best one,1.5\nthis was not good at all,2\nit went on and on,1\n",
         "'1.5' is a number like all values",
-        True,
     ),
-    "years": ("2019,2020\n5,6\n7,8\n", "'2019' is a number like all values", True),
+    "years": ("text,2019,2020\na b,5,6\nb,7,6\n", "'2019' is a number like all values"),
     "texts": (
         "this is a very good film,a\n"
         + "that was a very bad film,b\nwe liked it a lot too,c\n" * 4,
         "'this is a very good film' is as long as the texts",
-        False,
     ),
-    "a word": ("message,spam\n" + "Buy!,spam\nHi,ham\n" * 4, "'spam' is also a label", False),
+    "survey": (
+        "Name,What did you like about the course?,What can we improve in the course?\n"
+        + "Ann,It was all very well explained,There could be a few more exercises\n"
+        + "Bob,I liked the many exercises best,It went on for too many hours\n",
+        "'What did you like about the course?' is as long as the texts",
+    ),
+    "a word": ("message,spam\n" + "Buy!,spam\nHi,ham\n" * 4, "'spam' is also a label"),
 }
 
 
-@pytest.mark.parametrize(("text", "reason", "is_refused"), HEADERS.values(), ids=HEADERS)
-def test_init_doubts_a_header_that_looks_like_a_row(
-    text, reason, is_refused, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize(("text", "reason"), HEADERS.values(), ids=HEADERS)
+def test_init_notes_a_header_that_looks_like_a_row(text, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.csv").write_text(text)
-    if is_refused:
-        with pytest.raises(BadInput, match="the first line must name the columns") as caught:
-            call("init", "classify", "--train", "rows.csv")
-        assert reason in str(caught.value)
-        assert "add a line with 2 column names before it" in str(caught.value)
-    else:
-        shown = call("init", "classify", "--train", "rows.csv")
-        assert "note: rows.csv:1: the first line is read as column names, but" in shown
-        assert reason in shown
+    shown = call("init", "classify", "--train", "rows.csv")
+    assert "note: rows.csv:1: the first line is read as column names, but" in shown
+    assert reason in shown
+    assert "if it is a row, add a line with column names before it, and write the run file" in shown
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "text,label\n" + "text,a\nx,b\nsome,a\nmore,b\nothers,b\n",
-        "comment_text,toxic\nall of this is a text,toxic\nmore,fine\n",
         "0,1\n5,a\n7,b\n",
         ",0,1\n" + "0,some words,1\n1,other words,2\n" * 5,
         "Which of these products did you buy last year?,label\nbread,a\nmilk,b\n",
+        "Review ,Sentiment \n" + "good,a\nbad,b\n" * 5,
     ],
 )
 def test_init_accepts_headers(text, tmp_path, monkeypatch):
@@ -396,7 +392,7 @@ def test_init_refuses_bad_input(tmp_path, monkeypatch):
         ("generate", "--train", "texts.txt"): "to learn.*one to read and one to learn, .*distill",
         ("chat", "--train", "calls.jsonl"): r"messages: \[1\] has function_call, an earlier form",
         ("classify", "--train", "texts.txt"): "no column with 2 to 200 different labels",
-        ("classify", "--train", "spaces.csv"): "name of column ' label' begins or ends with a sp",
+        ("classify", "--train", "spaces.csv"): "name of column ' label' begins with a sp",
         ("classify", "--train", "list.jsonl"): r"list.jsonl:1: .*\(a list: name it \.json\)",
         ("classify", "--train", "answers.csv"): "no column with 2 to 200 .*init generate",
         ("chat", "--train", "bad.jsonl"): "--train: bad.jsonl:1: not valid JSON",

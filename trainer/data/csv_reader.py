@@ -9,8 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,10 @@ from typing import Any
 from trainer.data.text_readers import BOM, FileRecord, bad_utf8, format_of, open_text, shorten
 from trainer.runtime.errors import BadInput
 
-#: By delimiter: numbers of lines that look like rows from which a field is refused, if their
-#: labels are known and otherwise. Texts have commas more often than tabs.
-_LINES = {",": (3, 100), "\t": (2, 5)}
-#: Number of rows whose values are compared with others.
+#: Number of lines like rows from which a field is refused. Texts may have a few such lines.
+_MANY_LINES = 100
+#: Number of rows whose values are compared with the names of the columns.
 _COMPARED_ROWS = 10_000
-#: Maximum length of values that are compared.
-_SHORT = 40
 #: Number of words of a name of a column that seems to be a text.
 _WORDS = 6
 
@@ -109,21 +105,14 @@ def _quotes(file: Path) -> str:
 def read_csv(file: Path) -> Iterator[FileRecord]:
     """Read a csv file with a header; ``.tsv`` files are separated by tabs."""
     names, rows = csv_header(file)
-    known = cache(lambda: _short_values(file))
     for row, (line, fields) in enumerate(rows, start=1):
-        problem = _problem(file, names, fields, line, known)
+        problem = _problem(file, names, fields, line)
         yield FileRecord(
             row, line, {} if problem else dict(zip(names, fields, strict=True)), problem
         )
 
 
-def _problem(
-    file: Path,
-    names: Sequence[str],
-    fields: Sequence[str],
-    line: int,
-    known: Callable[[], list[set[str]]],
-) -> str | None:
+def _problem(file: Path, names: Sequence[str], fields: Sequence[str], line: int) -> str | None:
     last = line + "".join(fields).count("\n")
     lines = f" begins with a quote and ends in line {last}"
     if len(fields) != len(names):
@@ -138,56 +127,31 @@ def _problem(
             "repeats the first line, which names the columns; remove this row, or, if the file has "
             "no column names, add a line with them at its beginning"
         )
-    column = None if last == line else _column_of_rows(fields, _delimiter(file), known)
+    column = _column_of_rows(fields, _delimiter(file))
     if column is None:
         return None
     return f"{names[column]}:{lines}; the lines between look like rows: {_quotes(file)}"
 
 
-def _column_of_rows(
-    fields: Sequence[str], delimiter: str, known: Callable[[], list[set[str]]]
-) -> int | None:
-    """Return the column of a field that contains other rows, because of a stray quote.
+def _column_of_rows(fields: Sequence[str], delimiter: str) -> int | None:
+    """Return the column of a field that contains many rows, because of a stray quote.
 
-    Its lines must have the delimiters of rows. As texts may have them, too, all values of another
-    column must also be known from other rows, unless there are many lines.
+    Its lines have exactly the delimiters of rows.
     """
-    others, (few, many) = len(fields) - 1, _LINES[delimiter]
+    others = len(fields) - 1
     for column, field in enumerate(fields):
-        lines = [line.rstrip("\r").split(delimiter) for line in field.split("\n")]
-        counts = [len(line) - 1 for line in lines]
-        if not others or counts != [others - column, *[others] * (len(lines) - 2), column]:
+        if not others or field.count("\n") < _MANY_LINES or field.endswith("\n"):
             continue
-        if any(not line[0].strip() for line in lines[1:]):  # indented code
-            continue
-        lines[0] = [*fields[:column], *lines[0]]
-        for c in range(len(fields) if len(lines) >= few else 0):
-            inside = {line[c] for line in (lines[:-1] if c > column else lines[1:])}
-            if c != column and "" not in inside and inside <= known()[c]:
-                return column
-        if len(lines) >= many:
+        first, *between, last = (line.count(delimiter) for line in field.split("\n"))
+        if first == others - column and last == column and set(between) == {others}:
             return column
     return None
 
 
-def _short_values(file: Path) -> list[set[str]]:
-    """Return the short values of every column in the first rows, without rows of several lines."""
-    names, rows = csv_header(file)
-    values: list[set[str]] = [set() for _ in names]
-    for _, fields in islice(rows, _COMPARED_ROWS):
-        if len(fields) == len(names) and not any("\n" in field for field in fields):
-            for known, field in zip(values, fields, strict=True):
-                known |= {field} if len(field) <= _SHORT else set()
-    return values
-
-
-def missing_header(file: Path) -> tuple[str, bool]:
-    """Say why the first line seems to be a row; empty if it does not.
+def missing_header(file: Path) -> str:
+    """Say why the first line may be a row; empty if it seems to name the columns.
 
     A name is also a label in its column, a number above numbers, or a sentence above sentences.
-
-    Returns:
-        The reason, and whether several names are unusual.
     """
     names, rows = csv_header(file)
     columns: list[list[str]] = [[] for _ in names]
@@ -195,25 +159,16 @@ def missing_header(file: Path) -> tuple[str, bool]:
         for values, field in zip(columns, fields, strict=False):
             values.append(field)
     named = [name for name in names if name]
-    is_numbered = named == [str(n) for n in range(len(named))]  # by pandas
-    if not columns[0] or is_numbered or any(map(_is_identifier, names, columns)):
-        return "", False
-    reasons, unusual = [], 0
+    if not columns[0] or named == [str(n) for n in range(len(named))]:  # numbered by pandas
+        return ""
     for name, values in zip(names, columns, strict=True):
-        what = ""
         if name.strip() and name in values and 2 * len(set(values)) <= len(values):
-            what = "is also a label in its column"
-        elif all(map(_is_number, (name, *values))):
-            what = "is a number like all values of its column"
-        elif _num_words(name) >= _WORDS and _num_words(*values) >= _WORDS:
-            what = "is as long as the texts of its column"
-        unusual += bool(what) or _num_words(name) > 2
-        reasons += [f"{shorten(name)} {what}"] if what else []
-    return " and ".join(reasons[:2]), bool(reasons) and unusual > 1
-
-
-def _is_identifier(name: str, values: Sequence[str]) -> bool:
-    return re.fullmatch(r"[A-Za-z]+(_[A-Za-z0-9]+)+", name) is not None and name not in values
+            return f"{shorten(name)} is also a label in its column"
+        if all(map(_is_number, (name, *values))):
+            return f"{shorten(name)} is a number like all values of its column"
+        if _num_words(name) >= _WORDS and _num_words(*values) >= _WORDS:
+            return f"{shorten(name)} is as long as the texts of its column"
+    return ""
 
 
 def _is_number(text: str) -> bool:

@@ -71,12 +71,18 @@ class DataFile:
             return ["text"]
         return csv_header(self.files[0])[0] if kind in (".csv", ".tsv") else None
 
-    def missing_header(self) -> tuple[str, bool]:
-        """Say why the header of a csv file seems to be a row, as ``csv_reader.missing_header``."""
+    def note_of_header(self) -> str:
+        """Return a note if the header of a csv file may be a row; empty otherwise."""
         if not self.files or self.table is not None:  # rows in memory have no file
-            return "", False
+            return ""
         is_csv = format_of(self.files[0]) in (".csv", ".tsv")
-        return missing_header(self.files[0]) if is_csv else ("", False)
+        reason = missing_header(self.files[0]) if is_csv else ""
+        if not reason:
+            return ""
+        return (
+            f"the first line is read as column names, but {reason}; if it is a row, add a line "
+            "with column names before it"
+        )
 
     def readable(self) -> list[str]:
         """Return the columns of ``header`` that can be read; empty for JSON."""

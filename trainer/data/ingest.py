@@ -114,11 +114,8 @@ def ingest_by_row(
     problems = validator.finish(header)
     if problems:
         problems.of_file += _problem_of_classes(file, task)
-        if problems.of_file and (reason := file.missing_header()[0]):
-            problems.of_file.append(
-                f"the first line is read as column names, but {reason}; if it is a row, add a line "
-                "with column names before it"
-            )
+        if problems.of_file and (note := file.note_of_header()):
+            problems.of_file.append(note)
         return problems, None
     return problems, IngestedFile(file.name, header or validator.names, file.digest(), batches)
 
