@@ -19,7 +19,7 @@ from typing import Literal
 
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput
-from trainer.runtime.process import cpu_environment
+from trainer.runtime.process import WAITING_THREADS
 from trainer.runtime.redact import redact
 
 CPU_PROCESSES = 2  # default without a GPU: the smallest number with sharding
@@ -260,7 +260,7 @@ def environment(
         # without it, ranks would run on the CPU if torch cannot use the GPUs
         result.setdefault("DS_ACCELERATOR", "cuda")
     else:
-        result = {"DS_ACCELERATOR": "cpu"} | cpu_environment(result)
+        result = {"DS_ACCELERATOR": "cpu"} | WAITING_THREADS | result
     return result
 
 

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from trainer.runtime.process import cpu_environment, die_with_parent
+from trainer.runtime.process import WAITING_THREADS, die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,7 @@ def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     own = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    own = cpu_environment(own)  # read when torch is imported
+    own |= WAITING_THREADS  # read when torch is imported
     with patch.dict(os.environ, own):
         forkserver.ensure_running()
     return context

@@ -24,7 +24,6 @@ from benchmarks.llama import LLAMA_110M, make_base
 from benchmarks.peers.arms import AS_PEERS, COUNTED, EPOCH, WARM_UP, Case
 from benchmarks.peers.report import summary, table, write
 from benchmarks.peers.turns import Conductor
-from trainer.runtime.process import cpu_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Only the fastest peer is also measured without grouping by length.
@@ -145,7 +144,7 @@ class Player:
 
         self._conductor = Conductor(self._folder, self._case.ranks, self._check)
         self._case.write(self._folder / "case.json")
-        shared = cpu_environment(os.environ) | {
+        shared = {
             "WORLD_SIZE": str(self._case.ranks),
             "LOCAL_WORLD_SIZE": str(self._case.ranks),
             "MASTER_ADDR": "127.0.0.1",
@@ -167,7 +166,7 @@ class Player:
                             str(self._folder),
                         ],
                         cwd=ROOT,
-                        env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )

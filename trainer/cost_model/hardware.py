@@ -19,7 +19,7 @@ from trainer.model.cpu_rates import CpuRates
 from trainer.runtime import bootstrap
 from trainer.runtime.errors import BadInput, did_you_mean
 from trainer.runtime.limits import free_memory, num_cores
-from trainer.runtime.process import cpu_environment
+from trainer.runtime.process import WAITING_THREADS
 
 DATA_FILE = Path(__file__).with_name("hardware.yaml")
 #: Share of the peak of matrix products that training a prompt reaches. Source: LoRA on one H100,
@@ -219,7 +219,7 @@ def this_cpu(ranks: int) -> Device:
     threads = max(1, num_cores() // ranks)  # as the launcher sets them
     done = subprocess.run(
         bootstrap.command("trainer.model.cpu_rates"),
-        env=cpu_environment(os.environ) | {"OMP_NUM_THREADS": str(threads)},
+        env=WAITING_THREADS | os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
         check=True,

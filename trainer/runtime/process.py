@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -29,22 +29,11 @@ START_OPTIONS = "PROMPTSHARD_START_OPTIONS"
 #: devices, kernels of a hub. scikit-learn imports scipy, so both must be hidden. With ``kernels``,
 #: functions of transformers become modules, which ``fused_ops`` does not recognize.
 UNUSED = ("scipy", "sklearn", "dill", "accelerate", "kernels")
-#: Has glibc ask Linux for pages of 2 MiB, of which a step touches few (mallopt(3)).
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+#: Environment of processes that compute on the CPU: threads sleep while they wait for each other.
+#: By default they spin, which takes the cores of the thread that they wait for if others use them.
+WAITING_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 #: Result of ``process_start`` if the process exists but has no readable start time.
 UNKNOWN = "unknown"
-
-
-def cpu_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a process that computes on the CPU; settings in it are kept.
-
-    Threads sleep while they wait for each other. By default they spin, which takes the cores of the
-    thread that they wait for if others use them. Large pages make a step about 4% faster.
-    """
-    tunables = [text for text in environ.get("GLIBC_TUNABLES", "").split(":") if text]
-    if not any(text.startswith("glibc.malloc.hugetlb=") for text in tunables):
-        tunables.append(HUGE_PAGES)
-    return {"OMP_WAIT_POLICY": "PASSIVE", **environ, "GLIBC_TUNABLES": ":".join(tunables)}
 
 
 def die_with_parent(ending: signal.Signals = signal.SIGTERM, parent: int = 0) -> None:
