@@ -94,6 +94,17 @@ def test_candidates_are_as_likely_as_each_alone(family: Any, case: str) -> None:
     assert actual.std() > 0.5, "the candidates differ"
 
 
+def test_candidates_of_one_token_after_a_prompt_at_the_end(family: Any) -> None:
+    """Without EOS, such a packed batch has the segments of prompts only."""
+    base = load_unsharded(family("llama"), "int8")
+    prompts = [torch.randn(5, base.hidden_size, generator=torch.Generator().manual_seed(1))]
+    candidates = [Example((3, 4, label), ((2, 3),), 0, 2, 2) for label in (7, 9)]
+    shared = [PackedRow(candidates[0], 0, 0, candidates=tuple(candidates))]
+    alone = [PackedRow(example, 0, slot) for slot, example in enumerate(candidates)]
+    actual, wanted = (likelihoods(base, some, prompts, 2) for some in (shared, alone))
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("budget", "packed"), [(1000, True), (24, True), (1, True), (24, False)])
 def test_a_row_with_more_candidates_than_a_packed_batch_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, packed: bool

@@ -116,7 +116,7 @@ class PackedBatch:
     @property
     def num_learned(self) -> int:
         """Number of the first tokens, all prompts; the embeddings of those after are constant."""
-        return self.segments[self.first_row].start
+        return sum(segment.length for segment in self.segments[: self.first_row])
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy to the device, from pinned memory without waiting."""
