@@ -16,6 +16,7 @@ from benchmarks.learning.real.packed_peft import PEERS
 from benchmarks.learning.real.plan import (
     BASELINES,
     DECISIVE_OURS,
+    DECISIVE_PEERS,
     HAND_WRITTEN,
     MAJORITY,
     NO_PROMPT,
@@ -166,15 +167,44 @@ def _flops(value: float | None) -> str:
 
 
 def _curves(laboratory: Laboratory, design: Design) -> Iterator[str]:
+    """Trained arms with another number of training rows, and as many steps."""
     lines = []
     for task in design.tasks:
-        by_rows = {rows: arm_results(laboratory, design, task, rows) for rows in design.rows}
-        for arm in (*OURS, *PEERS):
-            done = {rows: arms[arm] for rows, arms in sorted(by_rows.items()) if arm in arms}
+        by_rows = {n: arm_results(laboratory, design, task, n) for n in sorted(design.rows)}
+        instruction = by_rows[design.rows[0]].get(HAND_WRITTEN)
+        for name in (*OURS, *PEERS):
+            done = {n: arms[name] for n, arms in by_rows.items() if name in arms}
             if len(done) > 1:
-                scores = ", ".join(f"{rows}: {100 * r.accuracy:.1f}%" for rows, r in done.items())
-                lines.append(f"- {task}, {arm}: {scores}")
-    yield from lines or ["Not run yet."]
+                all_rows = _train_rows(laboratory, design, task)
+                lines += [
+                    _curve(
+                        task, min(n, all_rows), arm, by_rows[n].get(DECISIVE_PEERS[0]), instruction
+                    )
+                    for n, arm in done.items()
+                ]
+    if not lines:
+        yield "Not run yet."
+        return
+    yield (
+        "| task, arm | training rows | accuracy | minus LoRA | minus the best instruction | loss | "
+        "seeds |"
+    )
+    yield "|---" * 7 + "|"
+    yield from lines
+
+
+def _curve(
+    task: str, rows: int, arm: ArmResult, lora: ArmResult | None, instruction: ArmResult | None
+) -> str:
+    minus = (
+        "" if other is None or other is arm else _points(arm.minus(other))
+        for other in (lora, instruction)
+    )
+    seeds = ", ".join(map(str, arm.seeds))
+    return (
+        f"| {task}, {arm.arm} | {rows} | {100 * arm.accuracy:.1f}% | {' | '.join(minus)} | "
+        f"{arm.loss:.3f} | {seeds} |"
+    )
 
 
 def _lengths(laboratory: Laboratory, design: Design) -> Iterator[str]:
