@@ -37,6 +37,8 @@ INPUTS = (
 SYSTEM = ("system", "system_prompt")
 DIALOGUES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 IDENTIFIERS = ("id", "idx", "index", "uuid", "guid", "url", "date", "time", "timestamp")
+#: The end of names such as ``user_id``, ``Order ID`` and ``reviewerID``.
+_ID = re.compile("(?i:[_ ]id)$|[a-z]I[Dd]$")
 
 
 def find_label(sample: Sample) -> Column | None:
@@ -203,6 +205,6 @@ def _no_inputs(columns: Sequence[Column]) -> Iterator[Column]:
 
 
 def _is_identifier(column: Column) -> bool:
-    name = column.name.lower()
+    name = column.name
     not_in_template = name == VIRTUAL_TOKENS or not name.strip() or "{" in name
-    return name in IDENTIFIERS or name.endswith("_id") or not_in_template
+    return name.lower() in IDENTIFIERS or _ID.search(name) is not None or not_in_template

@@ -140,6 +140,14 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
         ],
         {"input": "{comment}\nAnswer:", "target": " {obscene}", "choices": ["0", "1", "2"]},
     ),
+    "identifiers are no inputs": (
+        "classify",
+        [
+            {"Order ID": f"A {i}", "userId": f"B {i}", "note": f"n {i}", "PAID": "yn"[i % 2]}
+            for i in range(9)
+        ],
+        {"input": "{note}\nAnswer:", "target": " {PAID}"},
+    ),
     "vectors are no labels": (
         "classify",
         [{"text": f"t{i}", "kind": "ab"[i % 2], "vector": [1.0, 2.0]} for i in range(9)],
