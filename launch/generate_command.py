@@ -26,7 +26,8 @@ def generate(
         option(
             "TEXT",
             "Input text; -: stdin. Filled into the task's input template if that has exactly one "
-            "column; otherwise used verbatim. [default: stdin, if it is not a terminal]",
+            "column that is not optional; otherwise used verbatim. [default: stdin, if it is not a "
+            "terminal]",
             "--input",
         ),
     ] = None,

@@ -76,7 +76,8 @@ def serve(
     `/v1/chat/completions`, `/health`, `/metrics` (Prometheus).
 
     A text sent to `/v1/completions` fills the input template of the prompt's task if that has one
-    column, as in `promptshard generate`. `/v1/chat/completions` uses the chat template of the base.
+    column that is not optional, as in `promptshard generate`. `/v1/chat/completions` uses the chat
+    template of the base.
     Decoding is greedy unless a request sets `temperature`.
 
     For trying, tests and small teams. For many users, export the prompts to vLLM. Needs

@@ -72,7 +72,8 @@ def text_request(
     """Make the request for one text, as ``promptshard generate`` reads it.
 
     Args:
-        text: fills the task's template if that has one column; otherwise it is the complete input.
+        text: fills the task's template if that has one column that is not optional; otherwise it
+            is the complete input.
         position: ``Prompt.placement``.
         max_new_tokens: None: the task's.
 

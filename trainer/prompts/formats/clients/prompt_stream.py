@@ -9,8 +9,9 @@ transformers, safetensors and torch.
     ids, place = stream.ids("text")            # place: number of ids before the virtual tokens
     embeddings = stream.embeddings("text")     # [tokens, hidden size]
 
-A request is a text, which fills the template of the task if that has one column; an object with all
-columns of the template; a list of messages, for a task with a chat template; or a list of ids.
+A request is a text, which fills the template of the task if that has one column that is not
+optional; an object with the columns of the template; a list of messages, for a task with a chat
+template; or a list of ids.
 """
 
 from __future__ import annotations
