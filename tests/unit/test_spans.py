@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.packed_attention import SCORES, SEGMENTS, TOKENS, tensors, without_past
+from trainer.model.attention import interface
 from trainer.model.attention.bucket_layout import Scores
 from trainer.model.attention.interface import Layout, attend, make_layout, with_past
 from trainer.model.attention.spans import make_spans
@@ -64,6 +66,26 @@ def test_the_first_layer_has_no_gradient_for_text() -> None:
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert not unneeded.any()
+
+
+@pytest.mark.parametrize("num_unread", [1, TOKENS // 2 + 1])
+def test_the_last_layer_uses_buckets_if_few_positions_are_read(
+    monkeypatch: pytest.MonkeyPatch, num_unread: int
+) -> None:
+    """Spans are faster than buckets of most of the queries."""
+    calls: list[int] = []
+
+    def in_buckets(query_TAD: Tensor, *_: Any) -> Tensor:
+        calls.append(len(query_TAD))
+        return query_TAD
+
+    monkeypatch.setattr(interface, "attend_in_buckets", in_buckets)
+    layout = make_layout(
+        [without_past(segment) for segment in ALONE], CPU, torch.arange(num_unread, TOKENS)
+    )
+    query, key, value = tensors(2)[:3]
+    attend(query, key, value, replace(layout, last_layer=1), Scores(0.3), layer=1)
+    assert calls == ([] if num_unread == 1 else [TOKENS - num_unread])
 
 
 def test_values_may_be_narrower_than_keys() -> None:

@@ -59,7 +59,8 @@ class Layout:
             layout is often made on a CPU for a model on a GPU.
         first: spans of the first layer, on a CPU; both ends compute less
             (``trainer.model.layers.end_layers``).
-        last: queries of the last layer, unless it uses FlexAttention.
+        last: queries of the last layer, unless it uses FlexAttention, or spans for more than half
+            of its queries.
         last_layer: index of the last layer; None: all layers compute everything.
         flex: layout for FlexAttention; None: use the buckets.
         observer: measures attention, for ``promptshard inspect``.
@@ -138,15 +139,18 @@ def attend(
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
     query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
-    if layout.last is not None and layer == layout.last_layer:
-        read_U = layout.last.read_U
+    spans = layout.spans if query.is_cpu and query.shape[-1] == value.shape[-1] else None
+    if spans is not None and not spans.suits(scores):
+        spans = None
+    last = layout.last if layer == layout.last_layer else None
+    # Spans are faster than buckets with most of the queries.
+    if last is not None and (spans is None or 2 * len(last.read_U) <= len(query_TAD)):
         output_UAD = attend_in_buckets(
-            query_TAD[read_U], key_UAD, value_UAD, layout.last.buckets, scores
+            query_TAD[last.read_U], key_UAD, value_UAD, last.buckets, scores
         )
         output_TAD = output_UAD.new_zeros(len(query_TAD), *output_UAD.shape[1:])
-        return output_TAD.index_copy(0, read_U, output_UAD)[None]
-    spans = layout.spans if query.is_cpu else None
-    if spans is not None and spans.suits(scores) and query.shape[-1] == value.shape[-1]:
+        return output_TAD.index_copy(0, last.read_U, output_UAD)[None]
+    if spans is not None:
         calls: KernelCalls = spans
         if layout.first is not None and layout.last_layer is not None and layer == 0:
             calls = layout.first
