@@ -111,12 +111,12 @@ def _batch_work(rows: Sequence[PackedRow], lengths: PromptLengths) -> BatchWork:
         {r.segment_key for r in rows if any(i < 0 for t in r.tree.targets for i in t.positions)}
     )
     return BatchWork(
-        tokens,
-        labels,
-        read,
-        np.array(sorted(ids), np.int64),
-        scores,
-        learned,
-        read_scores,
-        min(scores, learned_scores),
+        tokens=tokens,
+        labels=labels,
+        read=read,
+        ids=np.array(sorted(ids), np.int64),
+        scores=scores,
+        learned=learned,
+        read_scores=read_scores,
+        learned_scores=min(scores, learned_scores),
     )
