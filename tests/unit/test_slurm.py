@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,16 @@ class Batch:
         text, _ = process.communicate(timeout=30)
         return process.returncode, text
 
+    def processes(self) -> list[str]:
+        """Processes of the job, by their environment."""
+        own = f"FOLDER={self.folder}".encode()
+        alive = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if own in environ.read_bytes().split(b"\0"):
+                    alive.append(environ.parent.name)
+        return alive
+
     @property
     def requeued(self) -> list[str]:
         path = self.folder / "requeued"
@@ -324,6 +335,8 @@ def test_signals_to_the_batch_shell_reach_the_nodes(tmp_path, number, requeued, 
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
+    process.wait(timeout=30)
+    assert not batch.processes(), "Slurm would kill what is left of a job"
     text, _ = process.communicate(timeout=30)
     assert (process.returncode, batch.requeued) == (75, requeued), text
     assert text.count("signalling the ranks to save and stop") == 1
