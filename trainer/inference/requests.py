@@ -81,10 +81,9 @@ def text_request(
         BadInput: the text has no tokens, a token without an embedding, or leaves no room for an
             answer, or as ``encode_request``.
     """
-    try:
-        ids, at = encode_request(files.tokenizer, task, text, position=position, date=date)
-    except BadInput as error:
-        raise BadInput(p.replace("--input", names.text, 1) for p in error.problems) from None
+    ids, at = encode_request(
+        files.tokenizer, task, text, position=position, date=date, name=names.text
+    )
     return _checked(files, task, ids, at, prompt, max_new_tokens, names)
 
 

@@ -19,6 +19,9 @@ from trainer.runtime.console import Console
 from trainer.runtime.errors import BadInput
 from trainer.runtime.log_folder import inference_logs
 
+#: The user types messages, and has the option of the command line.
+NAMES = RequestNames("message", "--max-new-tokens")
+
 
 def chat(run_dir: Path, channel: Channel | None, console: Console) -> None:
     """Load the base and answer questions until the channel is closed; on all ranks.
@@ -44,10 +47,6 @@ def chat(run_dir: Path, channel: Channel | None, console: Console) -> None:
     else:
         Answers(base, decoder, channel).run()
     base.close()
-
-
-#: The user types messages, and has the option of the command line.
-NAMES = RequestNames("message", "--max-new-tokens")
 
 
 class Answers:

@@ -130,6 +130,7 @@ def encode_request(
     *,
     position: str = "front",
     date: datetime.date | None = None,
+    name: str = "text",
 ) -> tuple[list[int], int]:
     """Tokenize the input of a row that is in no file, up to where the base continues it.
 
@@ -138,6 +139,7 @@ def encode_request(
             otherwise it is the complete input or, for a dialogue, the user's turn.
         position: ``Prompt.placement``.
         date: the date that a chat template reads; None: today.
+        name: of the text in messages.
 
     Returns:
         The ids, and the number of those before the virtual tokens.
@@ -153,7 +155,7 @@ def encode_request(
         text = render(task.input, values, MARK)
     elif halves is not None:
         raise BadInput(
-            f"--input: the template of task {task.name!r} has {len(columns)} columns and "
+            f"{name}: the template of task {task.name!r} has {len(columns)} columns and "
             "{virtual_tokens}; only templates with one column can be filled in"
         )
     if not task.is_chat:
