@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import DataSource, WrittenSource
+from trainer.data import csv_reader
 from trainer.runtime.errors import BadInput
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def escape(source: WrittenSource) -> WrittenSource:
 
 def is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", value) is not None
+        return csv_reader.is_number(value)
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

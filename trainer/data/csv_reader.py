@@ -164,14 +164,15 @@ def missing_header(file: Path) -> str:
     for name, values in zip(names, columns, strict=True):
         if name.strip() and name in values and 2 * len(set(values)) <= len(values):
             return f"{shorten(name)} is also a label in its column"
-        if all(map(_is_number, (name, *values))):
+        if all(map(is_number, (name, *values))):
             return f"{shorten(name)} is a number like all values of its column"
         if _num_words(name) >= _WORDS and _num_words(*values) >= _WORDS:
             return f"{shorten(name)} is as long as the texts of its column"
     return ""
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a decimal number, with white space around it."""
     return re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", text) is not None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.evaluation import prediction_files
-from trainer.runtime.json_file import finite, parse_json
+from trainer.runtime import json_file
 from trainer.tracking.run_files import mapping, mappings
 
 #: Rows of a table of predictions, the same ones for all prompts of a task: MLflow compares them
@@ -31,7 +31,7 @@ ReadTable = Callable[[Path], list[dict[str, Any]]]
 
 def evaluation_rows(path: Path) -> list[dict[str, Any]]:
     """Return one row per task and arm of ``evaluation.json``."""
-    tasks = mapping(mapping(parse_json(path.read_text(encoding="utf-8"))).get("tasks"))
+    tasks = mapping(mapping(json_file.parse_json(path.read_text(encoding="utf-8"))).get("tasks"))
     return [
         {"task": name, "metric": mapping(task).get("metric")} | _selected(arm, EVALUATION)
         for name, task in tasks.items()
@@ -50,13 +50,13 @@ def to_json(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     columns = list(rows[0]) if rows else []
     data = [[row.get(name) for name in columns] for row in rows]
-    return json.dumps({"columns": columns, "data": finite(data)}, ensure_ascii=False)
+    return json_file.to_json({"columns": columns, "data": data}, ensure_ascii=False)
 
 
 def add_to_tag(tag: str | None, path: str) -> str:
     """Return the value of ``TAG`` with one more table."""
     try:
-        tables = mappings(parse_json(tag or "[]"))
+        tables = mappings(json_file.parse_json(tag or "[]"))
     except ValueError:
         tables = []
     if not any(table.get("path") == path for table in tables):
