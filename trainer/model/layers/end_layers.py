@@ -29,6 +29,15 @@ ONLY_READ = ("q_proj", "o_proj")
 
 
 @dataclass
+class Halved:
+    """An input of the first layer, its halves, and the number of products that will read them."""
+
+    input: Tensor
+    halves: tuple[Tensor, Tensor]
+    readers_left: int
+
+
+@dataclass
 class EndLayers:
     """What the first and the last layer compute.
 
@@ -44,21 +53,23 @@ class EndLayers:
     read_U: Tensor | None = None
     num_learned: int | None = None
     readers: int = 0
-    _halves: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _halved: Halved | None = field(default=None, repr=False)
 
     def limit(self, read_U: Tensor | None, num_learned: int | None) -> None:
         """Set the limits of the next pass and its backward."""
         self.read_U, self.num_learned = read_U, num_learned
-        self._halves = []
+        self._halved = None
 
     def halves(self, x_1TH: Tensor) -> tuple[Tensor, Tensor]:
         """The positions with and without a gradient, the same tensors for all readers."""
-        if not self._halves or self._halves[0][0] is not x_1TH:
+        halved = self._halved
+        if halved is None or halved.input is not x_1TH:
             assert self.num_learned is not None
             n = max(1, self.num_learned)  # all ranks have a backward of the same products
-            self._halves = [(x_1TH, x_1TH[:, :n], x_1TH[:, n:].detach())] * self.readers
-        _, learned, constant = self._halves.pop()
-        return learned, constant
+            halved = Halved(x_1TH, (x_1TH[:, :n], x_1TH[:, n:].detach()), self.readers)
+        halved.readers_left -= 1
+        self._halved = halved if halved.readers_left else None
+        return halved.halves
 
 
 class OnlyRead(nn.Module):

@@ -64,16 +64,17 @@ class SharedInput:
 
     def product(self, index: int, x: Tensor, _: Matrix) -> Tensor:
         """Return ``x @ W.T`` for the layer with this index, whose matrix is known."""
-        for pending in self._pending:
-            if pending[0] is x and index in pending[1]:
-                break
-        else:
+        known = (
+            i for i, (one, outputs) in enumerate(self._pending) if one is x and index in outputs
+        )
+        place = next(known, None)
+        if place is None:
             products = int8_products(x, self._matrices, self._terms)
-            pending = x, dict(enumerate(products))
-            self._pending = [*self._pending[-1:], pending]
-        y = pending[1].pop(index)
-        if not pending[1]:  # an earlier one was left when memory ran out
-            place = next(i for i, other in enumerate(self._pending) if other is pending)
+            self._pending = [*self._pending[-1:], (x, dict(enumerate(products)))]
+            place = len(self._pending) - 1
+        outputs = self._pending[place][1]
+        y = outputs.pop(index)
+        if not outputs:  # earlier ones were left when memory ran out
             self._pending = self._pending[place + 1 :]
         return y
 
