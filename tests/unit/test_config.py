@@ -797,7 +797,10 @@ def test_sources_have_short_forms_and_dump_in_full(run_file):
         ("train={path: a, wieght: 2}", "train[0].wieght: unknown setting (did you mean 'weight'?)"),
         ("train=[{path: a, weight: 2}, b]", "train[1].weight: is missing; give every source"),
         ("validation=[{path: a, weight: 2}]", "validation: weight works with train only"),
-        ("optional=[txt]", "optional: 'txt' is no column of input (did you mean 'text'?); its c"),
+        (
+            "optional=[txt]",
+            "optional: 'txt' is not a column of input (did you mean 'text'?); its c",
+        ),
         ("{input: '{a}{label}', optional: [label]}", "optional: 'label' is also a column of tar"),
         ("validation_share=1", "validation_share: 1 must be less than 1"),
         ("{validation: v.jsonl, validation_share: 0.2}", "validation_share: validation is set too"),

@@ -345,7 +345,7 @@ class Task(Section):
         columns, target = template_fields(self.input), template_fields(self.target)
         known = f"its columns: {', '.join(columns) or 'none'}"
         problems = [
-            f"optional: {name!r} is no column of input{did_you_mean(name, columns)}; {known}"
+            f"optional: {name!r} is not a column of input{did_you_mean(name, columns)}; {known}"
             for name in self.optional
             if name not in columns
         ]
