@@ -94,10 +94,12 @@ def compare(name: str, case: Case, arms: tuple[str, ...], folder: Path) -> dict[
     try:
         for arm in arms:  # one after the other, to limit the memory needed for loading
             players[arm].start()
-        for turn in range(WARM_UP + case.timed + len(COUNTED)):
-            for arm in arms:
-                print(f"{name}: turn {turn}, {arm}", file=sys.stderr, flush=True)
-                results[arm].append(players[arm].play(turn))
+        *interleaved, before_last, last = range(WARM_UP + case.timed + len(COUNTED))
+        order = [(arm, turn) for turn in interleaved for arm in arms]
+        order += [(arm, turn) for arm in arms for turn in (before_last, last)]
+        for arm, turn in order:
+            print(f"{name}: turn {turn}, {arm}", file=sys.stderr, flush=True)
+            results[arm].append(players[arm].play(turn))
     finally:
         for player in players.values():
             player.stop()
@@ -106,7 +108,7 @@ def compare(name: str, case: Case, arms: tuple[str, ...], folder: Path) -> dict[
         arm: {
             "timed": turns[WARM_UP:counted],
             "costs": turns[counted : counted + EPOCH],
-            "shares": turns[counted + EPOCH],
+            "shares": turns[-1],
         }
         for arm, turns in results.items()
     }

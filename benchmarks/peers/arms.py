@@ -3,7 +3,8 @@
 A turn is one training step. The first is a warm-up, the next ones are timed, and the last ones
 count FLOPs and saved bytes (``costs``) and measure shares of time, which slows a step down. All
 rows are read in ``EPOCH`` steps. Batches grouped by length differ in length between the steps of an
-epoch, so timings and counts cover whole epochs.
+epoch, so timings and counts cover whole epochs. Shares are measured in a step that follows another
+of the same arm, whose memory is still mapped, as in a run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.peers.turns import Turns
 
 #: Steps in which all rows are read once.
 EPOCH = 2
-WARM_UP, COUNTED = 1, ("costs",) * EPOCH + ("shares",)
+WARM_UP, COUNTED = 1, ("costs",) * EPOCH + ("before shares", "shares")
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,15 @@ class Meter:
     @contextmanager
     def _measured(self, turn: int) -> Iterator[None]:
         self.tokens = 0
-        kind = turn - WARM_UP - self._case.timed
+        number = turn - WARM_UP - self._case.timed
+        kind = COUNTED[number] if number >= 0 else None
         result: dict[str, Any] = {}
-        with self._counter(COUNTED[kind] if kind >= 0 else None, result):
+        with self._counter(kind, result):
             started = time.perf_counter()
             yield
             result["seconds"] = time.perf_counter() - started
-        self._turns.done(turn, result | {"tokens": self.tokens})
+        result["tokens"] = self.tokens
+        self._turns.done(turn, result, free_memory=kind != "before shares")
 
     @contextmanager
     def _counter(self, kind: str | None, result: dict[str, Any]) -> Iterator[None]:

@@ -89,14 +89,16 @@ class _Saved:
 
 
 #: Parts of a step by operators, and by functions that contain operators. An operator inside
-#: attention counts as attention, whatever it does.
+#: attention counts as attention, whatever it does. What int8 products do besides multiplying is
+#: quantization.
 KINDS = {
     "gather": ("all_gather", "allgather", "_dist_allgather", "all_reduce", "allreduce", "c10d"),
     "attention": (
         *("scaled_dot_product", "softmax", "aten::bmm", "baddbmm"),
         "_PackedOnCpu",
     ),
-    "products": ("aten::mm", "aten::addmm", "_int_mm", "aten::linear"),
+    "products": ("aten::mm", "aten::addmm", "_int_mm", "aten::linear", "mkldnn::"),
+    "quantization": ("_Int8",),
     "loops": ("CompiledFxGraph",),
 }
 
@@ -114,7 +116,7 @@ def part_of(event: FunctionEvent) -> str:
 
 
 def step_shares(events: Iterable[FunctionEvent]) -> dict[str, float]:
-    """Return the shares of a step's CPU time: gather, attention, products, loops, rest.
+    """Return the shares of a step's CPU time, by part.
 
     Args:
         events: of the profiler, not averaged.

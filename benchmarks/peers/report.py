@@ -154,8 +154,10 @@ def table(report: dict[str, Any]) -> str:
         "",
         "FLOPs: two per multiply and add of all matrix products, integer ones included. Saved "
         "bytes: what autograd holds for backward, weights left out; the most of an epoch on the "
-        "worst rank. Shares: of the CPU time of rank 0's operators in profiled steps; loops are "
-        "compiled ones: quantization, norms, activations and rotations.",
+        "worst rank. Shares: of the CPU time of rank 0's operators in a profiled step that follows "
+        "another of the same arm. Quantization: of the inputs of int8 products, with the scaling "
+        "of their results and the activation of an MLP. Loops are the other compiled ones: norms "
+        "and rotations.",
         "",
     ]
     return "\n".join(lines)

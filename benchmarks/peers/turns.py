@@ -22,12 +22,13 @@ class Turns:
         while not (self._folder / f"go.{turn}").exists():
             time.sleep(0.02)
 
-    def done(self, turn: int, result: dict[str, Any]) -> None:
+    def done(self, turn: int, result: dict[str, Any], *, free_memory: bool = True) -> None:
         path = self._folder / f"done.{turn}.{self._rank}"
         part = path.with_name(f"{path.name}.part")
         part.write_text(json.dumps(result))
         part.rename(path)
-        ctypes.CDLL(None).malloc_trim(0)  # the other arms need the memory now
+        if free_memory:
+            ctypes.CDLL(None).malloc_trim(0)  # the other arms need it now
 
 
 class Conductor:

@@ -68,7 +68,8 @@ def _shares(work: Callable[[], None], vocabulary: int) -> dict[str, float]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
         work()
-    seconds = dict.fromkeys(("products", "attention", "head", "loops", "rest"), 0.0)
+    parts = ("products", "quantization", "attention", "head", "loops", "rest")
+    seconds = dict.fromkeys(parts, 0.0)
     for event in recorded.events():
         kind = part_of(event)
         if any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list)):
