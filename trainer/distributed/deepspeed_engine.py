@@ -39,10 +39,16 @@ from trainer.runtime.process import hidden
 with hidden("mlflow"):
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.runtime.zero import (
+        parameter_offload,
+        partition_parameters,
+        partitioned_param_coordinator,
+    )
 
 #: Module id in ``ds_active_sub_modules`` that keeps DeepSpeed from releasing a parameter.
 KEPT = -1
+#: Attribute of a layer with its parameters and their names.
+LISTED = "listed_parameters"
 
 
 class Engine(Ranks):
@@ -58,6 +64,7 @@ class Engine(Ranks):
     def __init__(self, timeout_seconds: int) -> None:
         deepspeed.utils.logger.setLevel(logging.WARNING)
         _disable_shared_memory_op()
+        _quicken_hooks()
         for name, default in {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -237,6 +244,7 @@ class Engine(Ranks):
     def _install_hooks(self, base: nn.Module, policy: dict[str, Any], kept_bytes: int) -> nn.Module:
         for layer in layers_of(base):
             deepspeed.utils.set_z3_leaf_module(layer, True)
+            layer.__dict__[LISTED] = tuple(layer.named_parameters())
         engine, *_ = deepspeed.initialize(model=base, config=policy, dist_init_required=False)
         self._zero, self._traced = engine.optimizer, False
         for parameter in base.parameters():
@@ -445,3 +453,23 @@ def _disable_shared_memory_op() -> None:
     # By name, because the attribute ``deepspeed.comm.torch`` is PyTorch.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None
+
+
+def _quicken_hooks() -> None:
+    """Keep DeepSpeed (0.19.8) from work that it repeats in the hooks of every layer.
+
+    They list the parameters of a layer several times per forward and backward, although those of a
+    frozen base stay the same, and make messages that are not printed: a fifth of their time.
+    """
+    coordinator: Any = partitioned_param_coordinator
+    list_anew = coordinator.get_all_parameters
+
+    def listed(module: Any, recurse: bool = False) -> Any:
+        parameters = module.__dict__.get(LISTED)
+        if parameters is None:
+            return list_anew(module, recurse)
+        return itertools.chain(parameters, module.ds_external_parameters())
+
+    if list_anew.__name__ != listed.__name__:
+        coordinator.get_all_parameters = listed
+    partition_parameters.print_rank_0 = lambda *_, **__: None

@@ -138,7 +138,8 @@ def attend(
         layout.observer(query[0].detach(), key[0].detach(), scores, layer)
     if layout.flex is not None and scores.sinks_A is None:
         return layout.flex.attend(query, key, value, scores)
-    query_TAD, key_UAD, value_UAD = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Squeezed: the backward of an index would copy into a tensor of zeros.
+    query_TAD, key_UAD, value_UAD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     spans = layout.spans if query.is_cpu and query.shape[-1] == value.shape[-1] else None
     if spans is not None and not spans.suits(scores):
         spans = None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 #: Up to this number of elements, a call of the compiled loop takes longer than separate operations
-#: (measured on a CPU: 25 us for the call alone), as for the few rows of a decode step.
-MAX_SEPARATE = 1 << 16
+#: (measured on a CPU: 15 to 25 us for the call alone), as for the few rows of a decode step.
+MAX_SEPARATE = 1 << 15
 
 
 def why_not_on_cpu() -> str | None:
