@@ -14,12 +14,20 @@ from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop,
 
 aten = torch.ops.aten
 
+
+def _linear_flop(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    """FLOPs of ``x @ weight.T``, [..., K] and [N, K]."""
+    return 2 * x.numel() * len(weight)
+
+
 #: FLOP formulas by operator packet: those of torch, and of CPU operators that torch leaves out.
 FORMULAS = flop_registry | {
     aten._int_mm: mm_flop,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
+if torch.backends.mkldnn.is_available():
+    FORMULAS[torch.ops.mkldnn._linear_pointwise] = _linear_flop
 
 
 class FlopCounter(TorchDispatchMode):

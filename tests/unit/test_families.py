@@ -47,13 +47,13 @@ from trainer.model.families import (
     family_of,
     layer_sizes,
 )
-from trainer.model.layers import vocab_parallel
 from trainer.model.layers.matmul_selection import use_matmul
 from trainer.model.layers.moe import FrozenExperts
 from trainer.model.meta_model import build_meta_model
 from trainer.model.prompted_model import PromptedBase
 from trainer.model.tensor_locations import RowReader, TensorLocation, locate_parameters
 from trainer.model.unsupported_families import UNSUPPORTED
+from trainer.packing import activation_memory
 from trainer.packing.packed_batch import Segment, build_packed_batch
 from trainer.packing.packed_row import PackedRow
 from trainer.prompts.soft_prompt import VirtualTokens
@@ -65,8 +65,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def sliced_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head reads the 300 words in five slices."""
-    monkeypatch.setattr(vocab_parallel, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(vocab_parallel, "MIN_COLUMNS", 64)
+    monkeypatch.setattr(activation_memory, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(activation_memory, "MIN_COLUMNS", 64)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.model.layers import vocab_parallel
 from trainer.model.layers.int8_matmul import Product, frozen_matmul, int8_matmul
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
+from trainer.packing import activation_memory
 
 N, H, V = 37, 24, 1000
 
@@ -77,8 +77,8 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def slice_by(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    monkeypatch.setattr(vocab_parallel, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(vocab_parallel, "MIN_COLUMNS", columns)
+    monkeypatch.setattr(activation_memory, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(activation_memory, "MIN_COLUMNS", columns)
 
 
 @pytest.mark.parametrize("columns", [40, 64, 333, V])
@@ -154,7 +154,7 @@ def test_peak_is_bounded_for_a_large_vocabulary(
     grad: bool, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """256k tokens: neither all logits nor a copy of the head in fp32 are allocated."""
-    monkeypatch.setattr(vocab_parallel, "LOGITS_BYTES", 4 << 20)
+    monkeypatch.setattr(activation_memory, "LOGITS_BYTES", 4 << 20)
     vocab_size, num_labels = 256_000, 256
     layer = make_head(vocab_size, 8)
     layer.weight.data = layer.weight.data.to(stored)

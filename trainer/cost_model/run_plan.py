@@ -242,7 +242,7 @@ def placed_option(
 ) -> Option:
     """Plan a run whose base is placed and whose token budget is chosen, as a run has them."""
     group, world = placement.group_size, sum(node_sizes)
-    cost, useful = _mean_cost(needs, placement, memory, budget, world, device.itemsize)
+    cost, useful = _mean_cost(needs, device, placement, memory, budget, world)
     parts = option_bytes(needs, device, placement, memory, budget.checkpointing, cost)
     compute = compute_seconds(needs, device, cost, budget.checkpointing)
     intra = _node_seconds(needs, device, cost, group, node_sizes[0])
@@ -342,11 +342,11 @@ def _node_seconds(
 
 def _mean_cost(
     needs: RunNeeds,
+    device: Device,
     placement: Placement,
     memory: BatchMemory,
     budget: TokenBudget,
     world: int,
-    itemsize: int,
 ) -> tuple[StepCost, float]:
     """Mean cost of the sampled steps, with the largest packed batch, and their useful tokens."""
     costs = [
@@ -356,7 +356,8 @@ def _mean_cost(
             placement,
             step_work(rows, needs.prompt_lengths, world, budget.tokens),
             checkpointing=budget.checkpointing,
-            itemsize=itemsize,
+            itemsize=device.itemsize,
+            on_cpu=device.on_cpu,
         )
         for rows in needs.steps_rows
     ]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainer.cost_model.base_shape import BaseShape
 from trainer.cost_model.step_work import BatchWork
 from trainer.distributed.placement import LIVE_LAYERS, Placement
-from trainer.packing.activation_memory import LOGITS_BYTES, MIN_COLUMNS, BatchMemory
+from trainer.packing.activation_memory import BatchMemory, logit_columns
 
 #: FLOPs of attention per product of a query with a key and element of a head: scores and sums of
 #: values, each a multiplication and an addition; five such products in backward.
@@ -65,6 +65,7 @@ def step_cost(
     *,
     checkpointing: bool,
     itemsize: int,
+    on_cpu: bool,
 ) -> StepCost:
     """Compute the cost of a step from its packed batches, ``work[rank][micro-batch]``."""
     group = placement.group_size
@@ -83,7 +84,7 @@ def step_cost(
         gathered_bytes=layers + exchanged,
         exchanged_bytes=exchanged,
         saved_bytes=int(saved),
-        logits_bytes=_logits_bytes(base, group if shared else 1, batches),
+        logits_bytes=_logits_bytes(base, group if shared else 1, batches, on_cpu),
         tokens=largest.tokens,
         micro_batches=len(work[0]),
         linear_flops=linear,
@@ -157,11 +158,10 @@ def live_bytes(base: BaseShape) -> int:
     return LIVE_LAYERS * max(base.layer_bytes())
 
 
-def _logits_bytes(base: BaseShape, sharing: int, batches: Sequence[BatchWork]) -> int:
+def _logits_bytes(base: BaseShape, sharing: int, batches: Sequence[BatchWork], on_cpu: bool) -> int:
     """fp32 bytes of a slice of logits, of the labels of all ranks that share the head."""
     labels = max(1, sharing * max(batch.labels for batch in batches))
-    columns = max(MIN_COLUMNS, LOGITS_BYTES // (4 * labels))
-    return 4 * labels * min(columns, -(-base.vocab_size // sharing))
+    return 4 * labels * min(logit_columns(labels, on_cpu), -(-base.vocab_size // sharing))
 
 
 def _exchanged(

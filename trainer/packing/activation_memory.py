@@ -28,6 +28,8 @@ BUCKET_PADDING = 1.15
 #: make the products slow.
 LOGITS_BYTES = 64 << 20
 MIN_COLUMNS = 1024
+#: Most columns of a slice on a CPU: its logits stay in the cache.
+CPU_COLUMNS = 8192
 #: Number of slices of logits that exist at a time: products, fp32 copies, probabilities.
 LOGITS_COPIES = 4
 #: Token limit of a generation batch in multiples of a packed batch's, because generation keeps no
@@ -37,6 +39,17 @@ GENERATION_BATCHES = 4
 MARGIN = 1.05
 #: Shares of the budget that the first steps use on a GPU, while its peak is measured.
 RAMP = (0.25, 0.5)
+
+
+def logit_columns(labels: int, on_cpu: bool) -> int:
+    """Columns of a slice of logits of so many labels.
+
+    On a CPU a power of two, since products there may need memory for every combination of sizes.
+    """
+    columns = LOGITS_BYTES // (4 * max(1, labels))
+    if on_cpu:
+        columns = min(CPU_COLUMNS, 1 << max(0, columns.bit_length() - 1))
+    return max(MIN_COLUMNS, columns)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
-from trainer.model.layers import vocab_parallel
 from trainer.model.layers.row_exchange import RowExchange
 from trainer.model.layers.vocab_parallel import ExchangePlan, VocabBlock, VocabScan
+from trainer.packing import activation_memory
 
 #: Label of the padding rows that make all ranks send the same number of rows.
 NO_LABEL = -1
@@ -148,7 +148,7 @@ class _LabelScan(VocabScan):
         if first < stop:  # the last ranks' blocks may be empty
             slope_N1 = (self.label_slope_N * self._labels_in(first, stop))[:, None]
             token_ids_N = self._labels_N.clamp(first, stop - 1)
-            size = max(1, vocab_parallel.LOGITS_BYTES // (4 * gradient_NH.shape[1]))
+            size = max(1, activation_memory.LOGITS_BYTES // (4 * gradient_NH.shape[1]))
             chunks = (x.split(size) for x in (gradient_NH, token_ids_N, slope_N1))
             for chunk_NH, token_ids, slope in zip(*chunks, strict=True):
                 chunk_NH -= self.block.dequantized_rows(token_ids).mul_(slope)

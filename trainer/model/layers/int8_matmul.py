@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from trainer.model.layers.compilation import fused_loop
+from trainer.model.layers.float_matmul import times_transposed
 from trainer.model.layers.quantization import INT8_MAX
 
 #: Smallest divisor, for rows of zeros.
@@ -54,8 +55,9 @@ def two_terms() -> int:
 
 def frozen_matmul(x: Tensor, matrix: Matrix) -> Tensor:
     """Compute ``x @ W.T`` with the stored weight, dequantized if it is int8."""
-    y: Tensor = _FrozenMatmul.apply(x, matrix)
-    return y
+    # Reshaped here: OLMo modifies the result in place, which views from a Function do not allow.
+    y_TN: Tensor = _FrozenMatmul.apply(x.flatten(0, -2), matrix)
+    return y_TN.unflatten(0, x.shape[:-1])
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -65,26 +67,26 @@ class _FrozenMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
+    def forward(ctx: Any, x_TK: Tensor, matrix: Matrix) -> Tensor:
         ctx.matrix = matrix
         weight_NK, scale_N = matrix()
-        y = x @ weight_NK.to(x.dtype).T
-        return y if scale_N is None else (y * scale_N).to(x.dtype)
+        y_TN = times_transposed(x_TK, weight_NK.to(x_TK.dtype))
+        return y_TN if scale_N is None else (y_TN * scale_N).to(x_TK.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
-        return exact_input_gradient(ctx, dy), None
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, None]:
+        return exact_input_gradient(ctx, dy_TN), None
 
 
-def exact_input_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
+def exact_input_gradient(ctx: Any, dy_TN: Tensor) -> Tensor | None:
     """``dy @ W`` for the weight that ``ctx.matrix`` returns; None if x needs no gradient."""
     if not ctx.needs_input_grad[0]:
         return None
     weight_NK, scale_N = ctx.matrix()
     if scale_N is not None:
-        dy = (dy * scale_N).to(dy.dtype)
-    return dy @ weight_NK.to(dy.dtype)
+        dy_TN = (dy_TN * scale_N).to(dy_TN.dtype)
+    return times_transposed(dy_TN, weight_NK.to(dy_TN.dtype).T)
 
 
 def int8_matmul(
@@ -98,7 +100,7 @@ def int8_matmul(
         terms: 1: x is rounded to int8. 2: the remainder is rounded to int8, too, and x has about
             16 bits, for a second integer product. The gradient of y always has one term.
     """
-    # Reshaped here: OLMo modifies the result in place, which views from a Function do not allow.
+    # Reshaped as in ``frozen_matmul``.
     y_TN: Tensor = _Int8Matmul.apply(x.flatten(0, -2), matrix, threshold, terms() == 2)
     return y_TN.unflatten(0, x.shape[:-1])
 

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.quantization import INT8_MAX
 from trainer.model.layers.row_exchange import RowExchange
-from trainer.packing.activation_memory import LOGITS_BYTES, MIN_COLUMNS
+from trainer.packing.activation_memory import logit_columns
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class LogitSlice:
     Attributes:
         logits_NC: fp32, scaled and capped; may be overwritten.
         slope_NC: d logit / d product.
-        product_NC: hidden states times weight, in the compute type.
+        product_NC: hidden states times weight, in the compute type. Only for autograd: its values
+            are overwritten with the logits, if those are its memory.
         hidden_NH: leaf that ``product_NC`` was computed from.
     """
 
@@ -88,7 +89,7 @@ class VocabBlock:
         with torch.set_grad_enabled(needs_gradient):
             leaf_NH = hidden_NH.detach().requires_grad_(needs_gradient)
             product_NC = self.project(leaf_NH, start, stop)
-        logits_NC = product_NC.detach().to(torch.float32, copy=True)
+        logits_NC = product_NC.detach().float()  # backward does not need the product
         slope_NC: Tensor | float = self.scale
         if self.scale != 1.0:
             logits_NC = logits_NC * self.scale
@@ -119,7 +120,7 @@ class VocabScan:
 
     def __init__(self, block: VocabBlock, num_positions: int, device: torch.device) -> None:
         self.block = block
-        self._columns = max(MIN_COLUMNS, LOGITS_BYTES // (4 * max(1, num_positions)))
+        self._columns = logit_columns(num_positions, device.type == "cpu")
         # Finite, so that a slice whose only column is masked does not subtract infinities.
         lowest = torch.finfo(torch.float32).min
         self.top_N = torch.full((num_positions,), lowest, device=device)
