@@ -1,11 +1,11 @@
 """Overfitting of prompts of two lengths on SmolLM2: train rows, new rows, and rows on other drugs.
 
-    promptshard example smollm2 work          # once, for the base model and the rows
+    promptshard example smollm2 work --prepare    # once, for the base model and the rows
     python -m benchmarks.overfitting work
 
 Trains one prompt for every length and seed on the question ``condition``. Writes the scores, and
-every row's loss and correctness, to benchmarks/results/overfitting-smollm2.json, and prints the
-verdict.
+every row's loss and correctness, to benchmarks/results/overfitting-smollm2.json, and a table with
+the verdict to overfitting-smollm2.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.reporting.summary import load_summary
 from trainer.runtime import atomic_io
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "overfitting-smollm2.json"
+RESULTS = ROOT / "benchmarks" / "results"
 TASK, SPLITS = "condition", ("train", "validation", "shifted_validation")
 
 
@@ -39,17 +39,48 @@ def main() -> None:
     )
     add = parser.add_argument
     add("folder", type=Path, help="folder of promptshard example smollm2")
-    add("--lengths", nargs="+", type=int, default=[4, 20], help="virtual tokens")
-    add("--seeds", nargs="+", type=int, default=[0, 1])
-    add("--steps", type=int, default=20)
-    add("--tokens-per-step", type=int, default=192)
-    add("--words", type=int, default=24, help="cut reviews after this number; 0: whole")
+    add("--lengths", nargs="+", type=int, default=[5, 20], help="virtual tokens")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--steps", type=int, default=120)
+    add("--tokens-per-step", type=int, default=650)
+    add("--words", type=int, default=48, help="cut reviews after this number; 0: whole")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         run = run_file(given, Path(temporary))
         results = train(run, Path(temporary))
-    atomic_io.write(RESULTS, json.dumps(results) + "\n")
-    print(*results["summary"]["overfitting"][TASK]["verdict"], sep="\n")
+    atomic_io.write(RESULTS / "overfitting-smollm2.json", json.dumps(results) + "\n")
+    text = table(results, given.words)
+    atomic_io.write(RESULTS / "overfitting-smollm2.md", text)
+    print(text)
+
+
+def table(results: dict[str, Any], words: int) -> str:
+    """Return the scores of all prompts and the verdict, as Markdown."""
+    summary, training = results["summary"], results["training"]
+    rows = summary["tasks"][TASK]["rows"]
+    lines = [
+        "# Overfitting on a real language model",
+        "",
+        "`python -m benchmarks.overfitting work`: SmolLM2-135M-Instruct, the question `condition` "
+        f"of `promptshard example smollm2`, reviews cut after {words} words, "
+        f"{training['steps']} steps of at most {training['tokens_per_step']} tokens, all else "
+        f"default. {rows['validation']} validation rows; the {rows['shifted_validation']} shifted "
+        "rows are reviews of other drugs than in training.",
+        "",
+        "| prompt | virtual tokens | validation | loss | other drugs | loss | train rows | loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, prompt in summary["prompts"].items():
+        cells = [name, str(prompt["num_virtual_tokens"])]
+        for split in SPLITS[1:]:
+            cells += [f"{prompt[f'{split}_accuracy']:.1%}", f"{prompt[f'{split}_loss']:.3f}"]
+        train = results["train"].get(name)
+        if train:
+            accuracy = sum(train["correct"]) / len(train["correct"])
+            cells += [f"{accuracy:.1%}", f"{sum(train['loss']) / sum(train['tokens']):.3f}"]
+        lines.append(f"| {' | '.join(cells + [''] * (8 - len(cells)))} |")
+    verdict = summary["overfitting"][TASK]["verdict"]
+    return "\n".join([*lines, "", "The report's verdict:", "", *(f"> {v}" for v in verdict), ""])
 
 
 def run_file(given: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -73,14 +73,23 @@ def main() -> None:
         base = Path(temporary) / "llama-110m"
         make_base(base, QUICK_SHAPE if arguments.quick else SHAPE)
         results: dict[str, Any] = {}
+        losses, report = None, summary({}, None)
         for name, (case, arms) in cases(str(base), arguments.timed).items():
             if _asked(name, arguments.only):
                 results[name] = compare(name, case, arms, Path(temporary))
-        losses = None
+                report = _reported(results, losses, arguments.quick)
         if _asked("losses", arguments.only):
             losses = compare_losses(str(base), Path(temporary))
+            report = _reported(results, losses, arguments.quick)
+    print(table(report))
+
+
+def _reported(
+    results: dict[str, Any], losses: dict[str, list[float]] | None, quick: bool
+) -> dict[str, Any]:
+    """Return the report so far, written unless ``quick``: all cases take hours."""
     report = summary(results, losses)
-    print(table(report if arguments.quick else write(report)))
+    return report if quick else write(report)
 
 
 def _asked(name: str, only: list[str] | None) -> bool:

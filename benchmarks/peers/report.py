@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.figures import machine
 from benchmarks.peers.arms import AS_PEERS, EPOCH
+from trainer.model.layers.float_matmul import prefers_onednn
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 #: Targets: case -> figure -> value. For speeds it is a minimum, else a maximum.
@@ -139,6 +140,13 @@ def table(report: dict[str, Any]) -> str:
                 f"| {arm} | {one['tokens_per_second']:.0f} | {one['flops_per_token'] / 1e6:.0f} | "
                 f"{one['saved_bytes'] / 1e6:.0f} | {shares} |"
             )
+    if prefers_onednn():
+        lines += [
+            "",
+            "torch multiplies fp32 matrices with MKL, which uses only AVX2 on this CPU (AMD). It "
+            "slows the peers' products. Ours are in int8, except for the head, which is multiplied "
+            "with oneDNN.",
+        ]
     if report["losses"]:
         ours, theirs = report["losses"].values()
         apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
