@@ -143,9 +143,8 @@ def table(report: dict[str, Any]) -> str:
     if prefers_onednn():
         lines += [
             "",
-            "torch multiplies fp32 matrices with MKL, which uses only AVX2 on this CPU (AMD). It "
-            "slows the peers' products. Ours are in int8, except for the head, which is multiplied "
-            "with oneDNN.",
+            "The peers multiply in fp32, for which torch uses MKL; on this CPU (AMD), MKL uses only "
+            "AVX2. Ours multiplies in int8, and the head in fp32 with oneDNN.",
         ]
     if report["losses"]:
         ours, theirs = report["losses"].values()
