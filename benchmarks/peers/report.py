@@ -143,7 +143,7 @@ def table(report: dict[str, Any]) -> str:
     if prefers_onednn():
         lines += [
             "",
-            "The peers multiply in fp32, for which torch uses MKL; on this CPU (AMD), MKL uses only "
+            "The peers multiply in fp32, for which torch uses MKL. On this CPU (AMD), it uses only "
             "AVX2. Ours multiplies in int8, and the head in fp32 with oneDNN.",
         ]
     if report["losses"]:

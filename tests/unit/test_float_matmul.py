@@ -14,7 +14,7 @@ def library(request, monkeypatch):
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(float_matmul, "prefers_onednn", lambda: request.param)
-    monkeypatch.setattr(float_matmul, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(float_matmul, "ONEDNN_MIN_ELEMENTS", 0)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 9, 32, 40, 300, 700])

@@ -33,7 +33,7 @@ from trainer.cost_model.hardware import (
     read_hardware,
 )
 from trainer.cost_model.run_needs import needs_of_row_tokens
-from trainer.cost_model.run_plan import Option, RunPlan, plan_run
+from trainer.cost_model.run_plan import Option, RunPlan, compute_seconds, plan_run
 from trainer.distributed.zero3_sharder import base_size, expected_base_bytes
 from trainer.model import hub
 from trainer.model.checkpoint_files import open_base
@@ -226,10 +226,29 @@ def test_a_cpu_converts_no_weights_for_int8_products(run_file: Path) -> None:
     assert activations(int8_flops=None) - activations() == copies
 
 
+def test_large_matrices_may_have_another_rate_on_a_cpu(run_file: Path) -> None:
+    """All matrices of this base are large."""
+
+    def seconds(large_flops: float | None) -> tuple[float, float]:
+        config = load(run_file)
+        device = replace(cpu_device(2, CpuRates(1e11, None, 2e10, 1e10)), large_flops=large_flops)
+        base, text, stored = open_base_shape(config.base, device.itemsize)
+        needs = needs_of_row_tokens(config, 512, base, text, stored)
+        option = plan_run(needs, device, [2]).options[-1]
+        exact = option.cost.flops - option.cost.attention_flops
+        return compute_seconds(needs, device, option.cost, False), exact / 1e11
+
+    (usual, products), (fast, _) = seconds(None), seconds(2e11)
+    assert seconds(1e11)[0] == usual
+    assert usual - fast == pytest.approx(products / 2, rel=0.02)
+
+
 def test_rates_of_this_cpu_are_measured() -> None:
     rates = measure_cpu()
     assert rates.shared_rate is not None
-    assert min(rates.float_flops, rates.loop_rate, rates.copy_rate, rates.shared_rate) > 0
+    assert rates.large_flops is not None
+    measured = rates.float_flops, rates.loop_rate, rates.copy_rate, rates.shared_rate
+    assert min(*measured, rates.large_flops) > 0
 
 
 def test_a_small_gpu_needs_a_larger_shard_group(run_file: Path) -> None:

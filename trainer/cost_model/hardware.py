@@ -88,6 +88,8 @@ class Device:
         loop_rate: bytes per second that an element-wise operation reads and writes, on a CPU.
         shared_rate: bytes per second that a rank gathers from shared memory, its own shard
             included; None: not possible.
+        large_flops: on a CPU, reached rate of products with a large matrix in the compute type;
+            None: ``flops``.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Device:
     int8_flops: float | None = None
     loop_rate: float = math.inf
     shared_rate: float | None = None
+    large_flops: float | None = None
 
 
 def read_hardware(extra: Path | None = None) -> Hardware:
@@ -244,6 +247,7 @@ def cpu_device(ranks: int, rates: CpuRates) -> Device:
         int8_flops=rates.int8_flops,
         loop_rate=rates.loop_rate,
         shared_rate=rates.shared_rate,
+        large_flops=rates.large_flops,
     )
 
 

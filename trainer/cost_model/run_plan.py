@@ -25,9 +25,11 @@ from trainer.distributed.placement import (
     sensible_groups,
 )
 from trainer.packing.activation_memory import (
+    CPU_COLUMNS,
     INT8_MATMUL_MIN_HIDDEN,
     LEAST_TOKENS,
     LOGITS_COPIES,
+    ONEDNN_MIN_ELEMENTS,
     BatchMemory,
     TokenBudget,
 )
@@ -288,9 +290,11 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
     sizes, stored = needs.sizes, [*needs.base.weights, needs.base.head]
     int8 = int8_product_seconds(needs, device, cost)
     terms, _ = _int8_terms(needs.config.base.matmul)
-    linear = (terms + 1) * (int8 or cost.linear_flops / 2 / device.flops)
+    exact = _exact_seconds(needs, device, cost.linear_flops)
+    linear = (terms + 1) * int8 if int8 else (terms + 1) / 2 * exact
     head = cost.flops - cost.linear_flops - cost.attention_flops
-    products = linear + head / device.flops
+    slice_elements = min(CPU_COLUMNS, needs.base.vocab_size) * needs.base.hidden
+    products = linear + head / _exact_rate(device, slice_elements)
     attention = cost.attention_flops / (CPU_ATTENTION_SHARE * device.flops)
     # Weights in another type are converted in forward and in backward.
     converted = sum(
@@ -306,6 +310,19 @@ def compute_seconds(needs: RunNeeds, device: Device, cost: StepCost, checkpointi
     if checkpointing:
         between *= CPU_RECOMPUTED
     return products + attention + between + 2 * cost.micro_batches * converted / device.loop_rate
+
+
+def _exact_rate(device: Device, elements: int) -> float:
+    """Rate of products with a matrix of so many elements in the compute type, on a CPU."""
+    large = elements >= ONEDNN_MIN_ELEMENTS
+    return device.large_flops if large and device.large_flops else device.flops
+
+
+def _exact_seconds(needs: RunNeeds, device: Device, flops: float) -> float:
+    """Seconds of the layers' products in the compute type, of which each weight has a share."""
+    used = [(w.elements * w.used, _exact_rate(device, w.elements)) for w in needs.base.weights]
+    total = sum(elements for elements, _ in used)
+    return flops * sum(elements / rate for elements, rate in used) / max(1.0, total)
 
 
 def int8_product_seconds(needs: RunNeeds, device: Device, cost: StepCost) -> float:

@@ -15,6 +15,8 @@ from typing import Any
 
 #: Tokens, input and output features of the measured products, as of a small base.
 _SHAPE = (512, 768, 2048)
+#: Output features of a matrix that ``float_matmul`` counts as large.
+_LARGE_OUTPUTS = 8192
 #: Elements of the measured loop, as of a packed batch inside an MLP; bytes of the block that is
 #: copied, which no cache holds; number of measurements.
 _LOOP_ELEMENTS, _BLOCK_BYTES, _REPEATS = 2 << 20, 32 << 20, 5
@@ -30,6 +32,7 @@ class CpuRates:
         copy_rate: bytes per second that are copied in memory.
         shared_rate: bytes per second gathered by one of two ranks from shared memory: half of them
             are its own, half are read (``shared_shards``). None where that is not possible.
+        large_flops: of products in fp32 with a large matrix (``float_matmul``).
     """
 
     float_flops: float
@@ -37,14 +40,18 @@ class CpuRates:
     loop_rate: float
     copy_rate: float
     shared_rate: float | None = None
+    large_flops: float | None = None
 
 
 def measure_cpu(clock: Callable[[], float] = time.perf_counter) -> CpuRates:
     """Measure the rates, in a fraction of a second."""
     import torch
 
+    from trainer.model.layers.float_matmul import times_transposed
+
     tokens, inputs, outputs = _SHAPE
     x, weight = torch.ones(tokens, inputs), torch.ones(inputs, outputs)
+    large = torch.ones(_LARGE_OUTPUTS, inputs)
     small, small_weight = x.to(torch.int8), weight.to(torch.int8)
     one, two, target = (torch.ones(_LOOP_ELEMENTS) for _ in range(3))
     block = torch.zeros(_BLOCK_BYTES, dtype=torch.uint8)
@@ -79,6 +86,7 @@ def measure_cpu(clock: Callable[[], float] = time.perf_counter) -> CpuRates:
         loop_rate=3 * one.nbytes / fastest(lambda: torch.add(one, two, out=target)),
         copy_rate=_BLOCK_BYTES / fastest(block.clone),
         shared_rate=shared_rate,
+        large_flops=2 * tokens * large.numel() / fastest(lambda: times_transposed(x, large)),
     )
 
 

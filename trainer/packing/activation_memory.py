@@ -28,6 +28,8 @@ BUCKET_PADDING = 1.15
 #: make the products slow.
 LOGITS_BYTES = 64 << 20
 MIN_COLUMNS = 1024
+#: Elements of the smallest matrix that ``float_matmul`` multiplies with oneDNN: a slice of a head.
+ONEDNN_MIN_ELEMENTS = 1 << 22
 #: Most columns of a slice on a CPU: its logits stay in the cache.
 CPU_COLUMNS = 8192
 #: Number of slices of logits that exist at a time: products, fp32 copies, probabilities.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trainer.packing.activation_memory import ONEDNN_MIN_ELEMENTS
+
 #: ``vendor_id`` of processors on which MKL leaves AVX-512 unused.
 SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
 CPU_INFO = Path("/proc/cpuinfo")
-#: Elements of the smallest matrix that is multiplied with oneDNN: a slice of a head.
-MIN_ELEMENTS = 1 << 22
 #: Numbers of rows that oneDNN multiplies at a time; others are padded.
 ROWS = (256, 128, 64, 32)
 FEW_ROWS = (1, 8)
@@ -30,8 +30,8 @@ FEW_ROWS = (1, 8)
 
 def times_transposed(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
     """``x @ W.T``."""
-    fp32 = x_TK.dtype == weight_NK.dtype == torch.float32
-    if not (fp32 and x_TK.is_cpu and weight_NK.numel() >= MIN_ELEMENTS and prefers_onednn()):
+    fp32 = x_TK.is_cpu and x_TK.dtype == weight_NK.dtype == torch.float32
+    if not (fp32 and weight_NK.numel() >= ONEDNN_MIN_ELEMENTS and prefers_onednn()):
         return x_TK @ weight_NK.T
     y_TN = x_TK.new_empty(len(x_TK), len(weight_NK))
     for start, stop, num_rows in _blocks(len(x_TK)):
