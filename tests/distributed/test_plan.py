@@ -38,6 +38,8 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+#: Bytes by which the measured peak of a run of megabytes changes from run to run.
+NOISE = 1 << 20
 #: Name of a case -> model type, its sizes, and settings of the run.
 CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llama": ("llama", {}, []),
@@ -162,4 +164,4 @@ def test_plan_predicts_what_a_run_measures(
     # gradients yet.
     most_over = {"mistral-prefix": 1.35, "qwen3-p-tuning": 1.2}.get(case, 1.10)
     needed = most("base") + most("peak")
-    assert 0.90 * needed <= option.bytes.needed <= most_over * needed
+    assert 0.90 * needed - NOISE <= option.bytes.needed <= most_over * needed + NOISE

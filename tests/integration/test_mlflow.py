@@ -586,7 +586,7 @@ def test_a_run_killed_twice_is_one_mlflow_run_without_duplicates(
     second, _ = train(folder, 40, 90, pause=8.0)  # from the checkpoint of step 40
     _, out = train(folder, 80, STEPS)  # at once: the second sender may still be running
     assert "complete=True" in out
-    assert not psutil.pid_exists(second)
+    wait_until(lambda: not psutil.pid_exists(second), 30)
     again, prompts = runs(store)
     assert again.info.run_id == parent.info.run_id
     assert {run.info.status for run in [again, *prompts.values()]} == {"FINISHED"}
