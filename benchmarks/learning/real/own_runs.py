@@ -40,6 +40,7 @@ OURS: dict[str, dict[str, Any]] = {
 BASES: dict[str, dict[str, Any]] = {
     "base in 16 bits": {"quantization": "none"},
     "base in int8, exact products": {"matmul": "dequantize"},
+    "base in int8, int8 products of two terms": {"matmul": "int8x2"},
     "base in int8, int8 products but outliers": {"matmul": "int8_outliers"},
 }
 OURS |= dict.fromkeys(BASES, OURS["ours, prompt_tuning, system"])
