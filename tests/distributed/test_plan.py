@@ -162,6 +162,7 @@ def test_plan_predicts_what_a_run_measures(
     assert cost.saved_bytes / cost.tokens == pytest.approx(most("saved_per_token"), rel=0.10)
     # Safe, but too high: at the peak of a prefix no layer may be gathered, and an encoder has no
     # gradients yet.
-    most_over = {"mistral-prefix": 1.35, "qwen3-p-tuning": 1.2}.get(case, 1.10)
     needed = most("base") + most("peak")
-    assert 0.90 * needed - NOISE <= option.bytes.needed <= most_over * needed + NOISE
+    slack = min(0.15 * needed, 0.10 * needed + NOISE)
+    most_over = {"mistral-prefix": 0.35 * needed, "qwen3-p-tuning": 0.2 * needed}.get(case, slack)
+    assert needed - slack <= option.bytes.needed <= needed + most_over
