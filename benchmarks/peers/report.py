@@ -82,6 +82,7 @@ def summary(result: dict[str, Any], losses: dict[str, list[float]] | None) -> di
     }
     return {
         "machine": machine(),
+        "prefers_onednn": prefers_onednn(),
         "cases": {name: {"arms": arms, "figures": figures(arms)} for name, arms in cases.items()},
         "losses": losses,
     }
@@ -140,7 +141,7 @@ def table(report: dict[str, Any]) -> str:
                 f"| {arm} | {one['tokens_per_second']:.0f} | {one['flops_per_token'] / 1e6:.0f} | "
                 f"{one['saved_bytes'] / 1e6:.0f} | {shares} |"
             )
-    if prefers_onednn():
+    if report["prefers_onednn"]:
         lines += [
             "",
             "The peers multiply in fp32, for which torch uses MKL. On this CPU (AMD), it uses only "
