@@ -6,8 +6,9 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from trainer.runtime.process import read_text
 
 
 def figure(name: str, value: float, reach: float | None) -> dict[str, Any]:
@@ -26,10 +27,7 @@ def figure_rows(figures: Sequence[dict[str, Any]]) -> list[str]:
 
 def machine() -> str:
     """Describe the CPU, its int8 instructions and cores, on which measured speeds depend."""
-    try:
-        cpu_info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        cpu_info = ""
+    cpu_info = read_text("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", cpu_info, flags=re.MULTILINE)
     fast = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni") if f" {name}" in cpu_info]
     words = [model[1].strip() if model else platform.machine(), *fast[:1]]

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 
+from trainer.runtime.process import read_text
+
 ROOT = Path(__file__).resolve().parents[2]
 #: The trained prompt ``triage`` of the quickstart, for tests that need a trained one.
 TRIAGE_PROMPT = Path(__file__).parent / "triage_prompt.safetensors"
@@ -55,8 +57,7 @@ def environment(ranks: int) -> dict[str, Any]:
     result = {"torch": torch.__version__, "ranks": ranks}
     if torch.cuda.is_available():
         return result | {"cuda": torch.version.cuda}
-    cpu_info = Path("/proc/cpuinfo")
-    text = cpu_info.read_text() if cpu_info.exists() else ""
+    text = read_text("/proc/cpuinfo")
     processor = [re.search(rf"{key}\s*: (\S+)", text) for key in ("vendor_id", "family", "model")]
     return result | {
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peers.counters import FlopCounter
 from trainer.model.layers import float_matmul
@@ -46,6 +47,25 @@ def test_gradients_and_flops_do_not_depend_on_the_library(library):
     torch.testing.assert_close(x.grad, expected, atol=1e-4, rtol=1e-5)
 
 
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_in_both_directions_are_those_of_the_library(library, request):
+    onednn = "onednn" in request.node.callspec.id
+    x, weight_NK = torch.randn(32, 48, requires_grad=True), torch.randn(70, 48)
+    with _Operators() as operators:
+        frozen_matmul(x, lambda: (weight_NK, None)).sum().backward()
+    assert operators.called.count("mkldnn._linear_pointwise.default") == 2 * onednn
+    assert operators.called.count("aten.mm.default") == 2 * (not onednn)
+
+
 def test_onednn_multiplies_few_numbers_of_rows():
     """It needs memory for every number of rows."""
     sizes = {size for number in range(1, 1200) for _, _, size in float_matmul._blocks(number)}
@@ -78,13 +98,13 @@ def test_the_library_follows_from_the_processor(
 ):
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: AuthenticAMD\n")
-    monkeypatch.setattr(float_matmul, "CPU_INFO", info)
+    monkeypatch.setattr(float_matmul, "CPU_INFO", str(info))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     float_matmul.prefers_onednn.cache_clear()
     assert float_matmul.prefers_onednn() is preferred
-    monkeypatch.setattr(float_matmul, "CPU_INFO", tmp_path / "none")
+    monkeypatch.setattr(float_matmul, "CPU_INFO", str(tmp_path / "none"))
     float_matmul.prefers_onednn.cache_clear()
     assert not float_matmul.prefers_onednn()
     float_matmul.prefers_onednn.cache_clear()

@@ -10,19 +10,20 @@ Shape letters: T tokens, K input features, N output features.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from trainer.packing.activation_memory import ONEDNN_MIN_ELEMENTS
+from trainer.runtime.process import read_text
 
 #: ``vendor_id`` of processors on which MKL leaves AVX-512 unused.
 SLOW_WITH_MKL = ("AuthenticAMD", "HygonGenuine")
-CPU_INFO = Path("/proc/cpuinfo")
+CPU_INFO = "/proc/cpuinfo"
 #: Numbers of rows that oneDNN multiplies at a time; others are padded.
 ROWS = (256, 128, 64, 32)
 FEW_ROWS = (1, 8)
@@ -35,10 +36,16 @@ def times_transposed(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
         return x_TK @ weight_NK.T
     y_TN = x_TK.new_empty(len(x_TK), len(weight_NK))
     for start, stop, num_rows in _blocks(len(x_TK)):
-        rows = pad(x_TK[start:stop], (0, 0, 0, num_rows - (stop - start)))
+        rows = padded(x_TK[start:stop], num_rows, x_TK.shape[1])
         product = torch.ops.mkldnn._linear_pointwise(rows, weight_NK, None, "none", [], "")
         y_TN[start:stop] = product[: stop - start]
     return y_TN
+
+
+def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix with rows and columns of zeros up to this size; not copied if it has the size."""
+    missing = columns - matrix.shape[1], rows - matrix.shape[0]
+    return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
 
 
 def _blocks(num_rows: int) -> Iterator[tuple[int, int, int]]:
@@ -62,9 +69,5 @@ def prefers_onednn() -> bool:
         return False
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return False
-    try:
-        lines = CPU_INFO.read_text().splitlines()
-    except OSError:  # no Linux
-        return False
-    vendors = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
-    return not vendors.isdisjoint(SLOW_WITH_MKL)
+    vendor = re.search(r"^vendor_id\s*:\s*(\S+)", read_text(CPU_INFO), flags=re.MULTILINE)
+    return vendor is not None and vendor[1] in SLOW_WITH_MKL

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from trainer.model.layers.compilation import fused_loop
-from trainer.model.layers.float_matmul import times_transposed
+from trainer.model.layers.float_matmul import padded, times_transposed
 from trainer.model.layers.quantization import INT8_MAX
 
 #: Smallest divisor, for rows of zeros.
@@ -171,18 +170,13 @@ def aligned_int_product(a_TK: Tensor, b_KN: Tensor) -> Tensor:
     """
     num_rows, num_columns = a_TK.shape[0], b_KN.shape[1]
     inner = _aligned(a_TK.shape[1])
-    a_TK = _padded(a_TK, max(MIN_ROWS, _aligned(num_rows)), inner)
-    b_NK = _padded(b_KN.T, _aligned(num_columns), inner)
+    a_TK = padded(a_TK, max(MIN_ROWS, _aligned(num_rows)), inner)
+    b_NK = padded(b_KN.T, _aligned(num_columns), inner)
     return torch._int_mm(a_TK.contiguous(), b_NK.contiguous().T)[:num_rows, :num_columns]
 
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
-
-
-def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    missing = columns - matrix.shape[1], rows - matrix.shape[0]
-    return pad(matrix, (0, missing[0], 0, missing[1])) if any(missing) else matrix
 
 
 def quantize(x_TK: Tensor, twice: bool = False) -> tuple[Tensor, Tensor]:
