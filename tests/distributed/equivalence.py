@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.base_digest import base_digest
 from tests.distributed.sharded_base import run_config, shard_base
@@ -21,7 +25,7 @@ from tests.family_bases import errors, padded_loss, plain_model
 from tests.soft_prompts import soft_prompts
 from trainer.data.token_table import Example
 from trainer.distributed.deepspeed_engine import Engine
-from trainer.distributed.zero3_sharder import base_bytes
+from trainer.distributed.zero3_sharder import base_bytes, layers_of
 from trainer.model.layers.embedding import FrozenEmbedding
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
@@ -62,7 +66,8 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
         engine, module, [packed_rows[6], packed_rows[2]], prompts, max_tokens=10_000
     )
     gathered = engine.gathered_bytes
-    step_gradients(engine, module, packed_rows, prompts, max_tokens=10_000)
+    with listed_layers(base) as listed:
+        step_gradients(engine, module, packed_rows, prompts, max_tokens=10_000)
 
     poisoned = [type(p)(p.tensor.clone()) for p in prompts]
     if engine.rank == 1:
@@ -90,6 +95,7 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
         "bytes_read": loaded.stats.bytes_read,
         "world_size": engine.world_size,
         "shared_files": engine.all_gather(shared_files()),
+        "listed_layers": listed,
         "mlflow_loaded": engine.all_gather("mlflow" in sys.modules),
     }
     every = engine.all_gather(result)
@@ -97,6 +103,20 @@ def compare(engine: Engine, folder: str, quantization: str, checkpointing: str) 
         r["losses"] == result["losses"] and r["nan_skipped"] == result["nan_skipped"] for r in every
     )
     return result
+
+
+@contextmanager
+def listed_layers(base: nn.Module) -> Iterator[list[str]]:
+    """Names of the classes of layers whose parameters are listed meanwhile, once per time."""
+    layers, listed, original = layers_of(base), list[str](), nn.Module.named_parameters
+
+    def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(module is layer for layer in layers):
+            listed.append(type(module).__name__)
+        return original(module, *args, **kwargs)
+
+    with patch.object(nn.Module, "named_parameters", named_parameters):
+        yield listed
 
 
 def numbers(ours: StepResult, peft: list[tuple[float, torch.Tensor]]) -> dict[str, Any]:

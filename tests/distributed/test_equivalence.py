@@ -54,6 +54,9 @@ class TestEquivalence:
     def test_any_split_into_batches_gives_the_same_gradient(self, measured: Any) -> None:
         assert max(measured["split_errors"]) < 1e-5
 
+    def test_hooks_do_not_list_the_parameters_of_a_layer_again(self, measured: Any) -> None:
+        assert measured["listed_layers"] == []
+
     @pytest.mark.fault("base weights change or receive gradients")
     def test_base_is_the_checkpoint_s_and_never_changes(self, measured: Any) -> None:
         assert measured["weights_equal"]

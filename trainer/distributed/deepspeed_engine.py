@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -455,11 +456,12 @@ def _disable_shared_memory_op() -> None:
     backend.build_shm_op = lambda: None
 
 
+@cache
 def _quicken_hooks() -> None:
     """Keep DeepSpeed (0.19.8) from work that it repeats in the hooks of every layer.
 
     They list the parameters of a layer several times per forward and backward, although those of a
-    frozen base stay the same, and make messages that are not printed: a fifth of their time.
+    frozen base stay the same, and make messages that are not printed.
     """
     coordinator: Any = partitioned_param_coordinator
     list_anew = coordinator.get_all_parameters
@@ -470,6 +472,5 @@ def _quicken_hooks() -> None:
             return list_anew(module, recurse)
         return itertools.chain(parameters, module.ds_external_parameters())
 
-    if list_anew.__name__ != listed.__name__:
-        coordinator.get_all_parameters = listed
+    coordinator.get_all_parameters = listed
     partition_parameters.print_rank_0 = lambda *_, **__: None
