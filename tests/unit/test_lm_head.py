@@ -14,6 +14,7 @@ from trainer.model.layers.int8_matmul import Product, frozen_matmul, int8_matmul
 from trainer.model.layers.linear import FrozenLinear
 from trainer.model.layers.lm_head import FrozenHead
 from trainer.model.layers.quantization import dequantize_rows, quantize_rows
+from trainer.model.layers.vocab_parallel import VocabScan
 from trainer.packing import activation_memory
 
 N, H, V = 37, 24, 1000
@@ -175,6 +176,23 @@ def test_peak_is_bounded_for_a_large_vocabulary(
     rows = [tensor for tensor in saved if tensor.shape == hidden_NH.shape]
     assert sum(tensor.numel() for tensor in saved) <= num_labels * 8
     assert len(rows) == int(grad)
+
+
+def test_logits_in_fp32_are_not_copied() -> None:
+    hidden_NH, _, _ = problem()
+    part = make_head().block(None, hidden_NH.device).logit_slice(hidden_NH, 0, 64, True)
+    assert part.logits_NC.data_ptr() == part.product_NC.data_ptr()
+
+
+@pytest.mark.parametrize("labels", [1, 500, 2048, 3000, 100_000])
+def test_slices_on_a_cpu_have_few_widths(labels: int) -> None:
+    columns = activation_memory.logit_columns(labels, on_cpu=True)
+    assert columns in (1024, 2048, 4096, 8192)
+    assert columns <= activation_memory.logit_columns(labels, on_cpu=False)
+    if labels <= 4096:
+        assert 4 * labels * columns <= activation_memory.LOGITS_BYTES
+    scan = VocabScan(make_head().block(None, torch.device("cpu")), labels, torch.device("cpu"))
+    assert scan._columns == columns
 
 
 @pytest.mark.parametrize("product", [frozen_matmul, int8_matmul])

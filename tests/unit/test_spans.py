@@ -49,6 +49,21 @@ def test_spans_equal_buckets(kv_heads: int, limit: int | None) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_are_not_copied_in_backward() -> None:
+    """The gradient of an index would be a copy in a tensor of zeros."""
+    query, key, value, *_ = tensors(2)
+    layout = make_layout([without_past(segment) for segment in ALONE], CPU)
+    output = attend(query, key, value, layout, Scores(0.3), layer=0)
+    nodes, names = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names.add(node.name())
+            nodes += [following for following, _ in node.next_functions]
+    assert "SqueezeBackward1" in names
+    assert "SelectBackward0" not in names
+
+
 def test_the_first_layer_has_no_gradient_for_text() -> None:
     learned = 8  # both prompts of tokens
     full, limited = (
